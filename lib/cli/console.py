@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lib.errors import InputError, Terminated, as_input_error, in_words, sigterm_raises
+from lib.errors import InputError, Terminated, as_input_error, in_words, refusal, sigterm_raises
 from lib.runs.files import data_file, disk_error, json_text, refuse_device
 
 _LONGEST = 1000
@@ -84,9 +84,7 @@ def _usable(value: Any, any_name: bool) -> Any:
         try:
             value = value.expanduser()
         except RuntimeError:
-            found = f"no path {value}: ~ stands for a user's home."
-            do = "check the name behind ~, or give the whole path."
-            raise InputError(found, "a path that exists or can be made.", do) from None
+            raise refusal("cli/no-home", value=value) from None
     if isinstance(value, (str, Path)):
         refuse_device(value)
         if not any_name:

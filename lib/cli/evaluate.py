@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.cli.console import show, table
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.progress import say
 from lib.runs.files import read_json, read_jsonl, user_path, utf8, writable, write_json
 
@@ -97,11 +97,7 @@ class RowOptions:
         if self.data is not None or given == own:
             return
         if len(given) != len(own) or any(name in own and name != own[i] for i, name in enumerate(given)):
-            raise InputError(
-                f"--label-names {','.join(given)} for run {self.run_name!r}, whose labels are {','.join(own)}.",
-                "as many words, in the order of the run's.",
-                "leave out --label-names, or give one for each of the run's in their order.",
-            )
+            raise refusal("cli/other-labels", asked=",".join(given), run_name=self.run_name, names=",".join(own))
         say(f"labels {', '.join(own)} of run {self.run_name} are asked for as {', '.join(given)}")
 
     def _conversation(self, values: dict[str, Any]) -> Task:
@@ -111,11 +107,7 @@ class RowOptions:
         wrong = [f"--{name.replace('_', '-')}" for name in (*self.given, *self._columns) if name != "max_seq_length"]
         wrong += ["--data"] if self.data is not None else []
         if wrong:
-            raise InputError(
-                f"{', '.join(wrong)} for run {self.run_name!r}, whose task is {values['task']}: rows without labels.",
-                "the run's own test rows, or a run with labels.",
-                f"leave out {', '.join(wrong)}.",
-            )
+            raise refusal("cli/not-of-conversations", options=", ".join(wrong), run_name=self.run_name, values=values)
         return task_from_json({**values, **self.given})
 
     def _file_rows(self, data: str, task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -281,11 +273,7 @@ def read_text(path: Path, text_column: str = "") -> Text:
 
     given, path = path, user_path(str(path))
     if not path.is_file():
-        raise InputError(
-            f"no file {given.expanduser().absolute()}.",
-            "a text (UTF-8), or a table with one text a row.",
-            "correct --text.",
-        )
+        raise refusal("cli/no-text", place=given.expanduser().absolute())
     if path.suffix.lower() in _ROWS:
         text = Text.of_rows(_rows(path, text_column))
     else:

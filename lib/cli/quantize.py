@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.cli.console import show, table
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.runs.files import user_path
 
 if TYPE_CHECKING:
@@ -47,13 +47,8 @@ class BudgetOptions:
         if len(lacking) == 3:
             return None
         if lacking or self.model is None:
-            found = f"{' and '.join(set(given) - set(lacking))} without {' and '.join(lacking)}."
-            raise InputError(
-                found,
-                "all three: gradients of the model folder on a text tell which weights matter; a GGUF alone cannot "
-                "give them.",
-                "add --model DIR (of a run: runs/RUN/merged) and --text FILE (or --data runs/RUN/data), or name a TYPE "
-                "in place of the budget.",
+            raise refusal(
+                "cli/budget-in-part", given=" and ".join(set(given) - set(lacking)), lacking=" and ".join(lacking)
             )
         from lib.cli.evaluate import read_text
         from lib.models.gguf_file import check_gguf

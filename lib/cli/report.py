@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lib.cli.console import show, table, tell
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.runs.files import read_json, reports_folder, writable
 
 if TYPE_CHECKING:
@@ -110,11 +110,7 @@ def seed_overrides(settings: Settings, seeds: int) -> list[dict[str, Any]]:
         InputError: an adapter that is adopted, for which no seed is used.
     """
     if settings.adapter:
-        raise InputError(
-            f"--seeds {seeds} with adapter {settings.adapter!r}.",
-            "a training: an adopted adapter has no seed.",
-            "leave out --seeds, or set adapter to nothing.",
-        )
+        raise refusal("cli/seeds-of-adopted", seeds=seeds, settings=settings)
     first = settings.training_seed
     return [{"run_name": f"{settings.run_name}-s{seed}", "train_seed": seed} for seed in range(first, first + seeds)]
 

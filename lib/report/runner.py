@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lib import settings as lib_settings
-from lib.errors import InputError, Terminated, sigterm_raises
+from lib.errors import InputError, Terminated, refusal, sigterm_raises
 from lib.report import execute, html, index
 from lib.report.html import duration
 from lib.report.index import Stage, summarise
@@ -204,10 +204,13 @@ def _refuse_other_settings(run: Run, settings: Settings, first: str) -> None:
             now["seed"], made = settings.training_seed, {"adapter": "", **made}
         hashed = ("fallbacks", "imatrix")
         if other := [key for key in made if key in now and key not in hashed and made[key] != now[key]]:
-            raise InputError(
-                f"--from {first[:2]}, but the {product} of run {run.name!r} was made with another {', '.join(other)}.",
-                "the settings that the run has been made with up to there.",
-                f"start with --from {NOTEBOOK_OF[product][:2]}, or set {', '.join(other)} back.",
+            raise refusal(
+                "report/other-settings",
+                start=first[:2],
+                product=product,
+                run=run,
+                keys=", ".join(other),
+                earlier=NOTEBOOK_OF[product][:2],
             )
 
 
@@ -226,15 +229,11 @@ def declared(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
     try:
         tree = ast.parse("\n".join(sources))
     except SyntaxError as error:
-        raise InputError(
-            f"the parameters cell of {notebook.name} is no Python ({error.msg}).", "assignments.", "correct that cell."
-        ) from None
+        raise refusal("report/no-parameters-cell", notebook=notebook, error=error) from None
     keys = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     unknown = sorted(set(keys) - set(values))
     if unknown:
-        raise InputError(
-            f"{notebook.name} declares {', '.join(unknown)}.", "parameters of lib.settings.", "correct that cell."
-        )
+        raise refusal("report/unknown-parameters", notebook=notebook, names=", ".join(unknown))
     return {key: values[key] for key in keys}
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.prompts.tasks import Task, read_task
 from lib.runs.files import read_json, read_jsonl, sha256_json
 from lib.runs.run import Product, Run, known_run
@@ -82,10 +82,8 @@ def read_candidates(names: Sequence[str]) -> list[Candidate]:
     first = found[0]
     for other in found[1:]:
         if other.task.kind != first.task.kind or other.task.label_names != first.task.label_names:
-            raise InputError(
-                f"run {first.name!r} is a {_words(first.task)}, run {other.name!r} a {_words(other.task)}.",
-                "runs of one task.",
-                "compare runs with the same task (and the same label_names).",
+            raise refusal(
+                "select/other-task", first=first, task=_words(first.task), other=other, other_task=_words(other.task)
             )
     # two trainings of one recipe with one seed are one piece of evidence: no spread of seeds can be seen in them
     alike: dict[tuple[str, Any], Candidate] = {}
@@ -93,11 +91,7 @@ def read_candidates(names: Sequence[str]) -> list[Candidate]:
         seed = run.facts["train_seed"]
         same = alike.setdefault((run.recipe, seed), run)
         if same is not run:
-            raise InputError(
-                f"runs {same.name!r} and {run.name!r} have the same data, training parameters and train_seed ({seed}).",
-                "runs that differ in their recipe or in the seed of training.",
-                f"leave one of the two out, or train run {run.name!r} with another train_seed.",
-            )
+            raise refusal("select/same-training", same=same, run=run, seed=seed)
     return found
 
 
@@ -118,9 +112,7 @@ def read_candidate(run: Run) -> Candidate:
     path = evaluation.path / "scores-finetuned.jsonl"
     scores = load_scores(path)
     if scores.ids != [row["id"] for row in rows]:
-        raise InputError(
-            f"{path} holds scores of other rows.", "one score a test row.", "run 03_evaluate of that run again."
-        )
+        raise refusal("select/other-rows", path=path)
     values, weights = metric_of(task).row_values(scores)
     table = pd.DataFrame(
         {
@@ -218,21 +210,17 @@ def shared_ground(runs: Sequence[Candidate]) -> Ground:
     common = first.rows[[all(key in run.rows.index for run in runs) for key in first.rows.index]]
     unseen = common[~common.text.isin(frozenset().union(*(run.seen for run in runs)))]
     if unseen.empty:
-        raise InputError(
-            f"runs {', '.join(run.name for run in runs)} share {len(common)} test rows"
-            f"{', and a run has trained on each of them' if len(common) else ''}.",
-            "test rows that all runs hold and none has trained on.",
-            "compare runs with the same dataset, split and seed.",
+        raise refusal(
+            "select/no-common-rows",
+            names=", ".join(run.name for run in runs),
+            count=len(common),
+            seen=", and a run has trained on each of them" if len(common) else "",
         )
     free = unseen[~np.any([run.rows.leaked[unseen.index] for run in runs], axis=0)]
     rows = unseen if free.empty else free
     for run in runs[1:]:
         if not run.rows.weight[rows.index].equals(rows.weight):
-            raise InputError(
-                f"the answers of runs {first.name!r} and {run.name!r} have different numbers of tokens.",
-                "the same tokenizer and max_seq_length: a loss is a mean over tokens.",
-                "compare runs on the same base model and max_seq_length.",
-            )
+            raise refusal("select/other-tokens", first=first, run=run)
     left_out = {
         "not in every run": len(set().union(*(run.rows.index for run in runs))) - len(common),
         "used by a training": len(common) - len(unseen),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.base_model import GivenAdapter
 from lib.runs.files import read_json, read_jsonl, render, sha256_json, write_json
 from lib.runs.run import Run, open_run
@@ -212,21 +212,13 @@ def best_of(adapter: str, run: Run) -> Best:
     """
     names = [name.strip() for name in adapter.removeprefix(BEST_OF).split(",") if name.strip()]
     if run.name in names:
-        raise InputError(
-            f"adapter {adapter!r} in run {run.name!r}, which is one of the candidates.",
-            "a run of its own for the chosen adapter.",
-            "set another run_name.",
-        )
+        raise refusal("select/own-candidate", adapter=adapter, run=run)
     analysis = select(names)
     chosen = open_run(analysis["chosen"]["run"])
     product, own, other = chosen.require("adapter"), run.require("data"), chosen.require("data")
     for key, words in (("prompt_hash", "prompt"), ("base_revision", "base model")):
         if own.entry.facts.get(key) != other.entry.facts.get(key):
-            raise InputError(
-                f"run {chosen.name!r} is the best of {', '.join(names)}, but run {run.name!r} has another {words}.",
-                f"the {words} that the adapter was trained for.",
-                f"prepare run {run.name!r} with the {words} of run {chosen.name!r}.",
-            )
+            raise refusal("select/other-start", chosen=chosen, names=", ".join(names), run=run, words=words)
     given = GivenAdapter(product.path, adapter, f"run {chosen.name}, {product.entry.digest[:16]}")
     seen = candidates.read_candidate(chosen).seen
     rows = read_jsonl(own.path / "test.jsonl")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from lib.errors import InputError
+from lib.errors import refusal
 
 if TYPE_CHECKING:
     import uvicorn
@@ -88,11 +88,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
         listening.close()
-        raise InputError(
-            f"{host}:{port} cannot be used ({getattr(error, 'strerror', None) or error}).",
-            "an address of this machine and a free port.",
-            "choose another --port (0 = any free one) or --host.",
-        ) from None
+        raise refusal("serve/no-address", host=host, port=port, why=getattr(error, "strerror", None) or error) from None
     return listening
 
 

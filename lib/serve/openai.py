@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError, missing_library
+from lib.errors import InputError, missing_library, refusal
 from lib.models.gguf_file import check_gguf, read_metadata
 from lib.runs.child import run_child
 from lib.runs.machine import has_module, llama_cpp_problem, physical_cores
@@ -107,11 +107,7 @@ def serve(path: Path | str, options: ServeOptions, tell: Callable[[str], None]) 
     path = check_gguf(path).resolve()
     metadata = read_metadata(path)
     if not metadata.get(_TEMPLATE):
-        raise InputError(
-            f"{path.name} holds no chat template.",
-            f"a GGUF file with {_TEMPLATE}; another template would put another question to the model.",
-            "convert the model again with its chat_template.jinja.",
-        )
+        raise refusal("serve/no-template", path=path, key=_TEMPLATE)
     with listen(options.host, options.port) as listening:
         application = make_application(path, metadata, options)
         if not is_loopback(options.host):
@@ -157,11 +153,7 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
     try:
         application = server.create_app(None, ServerSettings(interrupt_requests=False), [model])
     except ValueError as error:
-        raise InputError(
-            f"llama.cpp cannot load {path} with {n_ctx} tokens ({error}).",
-            "a complete model, and memory for it.",
-            "make or download the file again, or take a smaller --n-ctx.",
-        ) from None
+        raise refusal("serve/no-model", path=path, n_ctx=n_ctx, error=error) from None
     application.user_middleware = [m for m in application.user_middleware if m.cls is not CORSMiddleware]
     server.RouteErrorHandler.error_message_wrapper = _explained
     llm = server._llama_proxy()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError, missing_library
+from lib.errors import InputError, missing_library, refusal
 from lib.runs.files import data_file
 from lib.runs.machine import has_module
 from lib.serve.listening import ServeOptions, in_address, is_loopback, listen, make_server
@@ -64,9 +64,7 @@ def encryption_of(options: ServeOptions) -> dict[str, Any]:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.cert, options.key)
     except (OSError, ssl.SSLError) as error:
-        raise InputError(
-            f"{options.cert} cannot be used ({error}).", "a certificate and its key, PEM.", "check --cert."
-        ) from None
+        raise refusal("serve/no-certificate", options=options, error=error) from None
     return {"ssl_certfile": options.cert, "ssl_keyfile": options.key}
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.weights import open_weights
 from lib.prompts.tasks import Task, texts_of
 from lib.runs.child import peak_memory_mib
@@ -309,8 +309,4 @@ def _check_tokenizer(path: Path, sample: Mapping[str, Any]) -> None:
 
     own = load_tokenizer(path, chat=False)(sample["text"], add_special_tokens=False)["input_ids"]
     if own != sample["ids"]:
-        raise InputError(
-            f"the tokenizer in {path} gives other token ids than the reference's.",
-            "one tokenizer.",
-            "compare models that were made from one model.",
-        )
+        raise refusal("compare/other-tokenizer", path=path)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.runs.files import render
 from lib.scoring.metric import Entry, Metric, metric_in
 from lib.stages.compare.changes import FOLDER, GGUF
@@ -143,9 +143,7 @@ def pick_file(comparison: Mapping[str, Any], max_mb: float | None, max_loss: flo
         raise InputError(f"max-mb {max_mb}, max-loss {max_loss}.", "finite numbers above 0.", "correct them.")
     reference, *others = comparison["files"]
     if any("loss_limit" not in entry for entry in others):
-        raise InputError(
-            "a comparison that an older version made.", "one with the limit of every loss.", "compare the files again."
-        )
+        raise refusal("compare/older-comparison")
     metric = metric_in(comparison["files"])
     files = [entry for entry in others if entry["kind"] == GGUF]
     found = recommend(metric, reference, files, max_loss, comparison["conditions"]["floor"])

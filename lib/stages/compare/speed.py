@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.gguf_file import read_metadata, read_tensors
 from lib.runs.files import data_file, sha256_file, write_json
 from lib.runs.run import Run
@@ -58,11 +58,7 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
     loads = repeat(seconds_of_a_load, *LOADS)
     with LlamaCppBackend(*place) as backend:
         if max(ids) >= backend.vocab_size:
-            raise InputError(
-                f"token id {max(ids)} for {path.name}, which has {backend.vocab_size} tokens.",
-                "the tokenizer of this model.",
-                "compare files that were made from one model.",
-            )
+            raise refusal("compare/no-such-token", token=max(ids), path=path, backend=backend)
         weights, tensor_bytes = backend.totals
         times = times_of(lambda: llama_feed(backend), ids)
     return {
@@ -228,10 +224,8 @@ def match(path: Path, names: Mapping[str, str]) -> dict[str, Any]:
     """
     result = read_result(path)
     if result["sha256"] not in names:
-        raise InputError(
-            f"{path.name} is about a file with SHA-256 {result['sha256'][:12]}…, which is not compared here.",
-            f"one about {', '.join(sorted(names.values()))}.",
-            "measure again with a package of one of these files.",
+        raise refusal(
+            "compare/other-file", path=path, digest=result["sha256"][:12], compared=", ".join(sorted(names.values()))
         )
     return {**result, "compared": names[result["sha256"]]}
 
@@ -322,9 +316,7 @@ def read_result(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # of UTF-8, of JSON, of a number with thousands of digits, of nesting
-        raise InputError(
-            f"{path} is damaged ({error}).", "a JSON file from the phone page.", "measure again, or remove the file."
-        ) from None
+        raise refusal("compare/damaged-result", path=path, error=error) from None
     return check_result(content)
 
 

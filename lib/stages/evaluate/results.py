@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import refusal
 from lib.prompts.tasks import Task, read_task
 from lib.runs.files import read_json, read_jsonl, sha256_json
 from lib.scoring.log_probabilities import AnswerScores, Scores, exponentials
@@ -138,9 +138,7 @@ def evaluate_scores(
         InputError: the scores belong to other rows.
     """
     if scores.ids != [row["id"] for row in rows]:
-        raise InputError(
-            "scores of other rows.", "one score a row, in order.", "run 03_evaluate again with force: true."
-        )
+        raise refusal("evaluate/other-scores")
     reports = {
         name: classification.classification_report(scores.labels[mask], scores.predictions[mask], label_names)
         for name, mask in masks.items()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.hub.sources import SourceError
 from lib.models import base_model
 from lib.models.adapters import require_adapter
@@ -83,9 +83,7 @@ def find_model(model: str, options: ModelOptions) -> FoundModel:
         require_adapter(adapter)
         base = options.base_model or read_adapter_configuration(folder).get("base_model_name_or_path")
         if not base:
-            raise InputError(
-                f"{folder} does not name its base model.", "an adapter and its base.", "give --base-model."
-            )
+            raise refusal("evaluate/no-base", folder=folder)
         path = _base_folder(base, options.revision, base_model.unpacking_of(adapter))
         base_model.refuse_other_folder(adapter, path)
         if named := base_model.named_otherwise(adapter, base, str(path)):
@@ -106,11 +104,7 @@ def _check_whole(path: Path) -> None:
     for tensor in tensors:
         need = tensor.start + (tensor.nbytes or 0)  # None of a newer type: llama.cpp will say whether it knows it
         if need > size:
-            raise InputError(
-                f"{path} has {size:,} bytes; tensor {tensor.name} ends at byte {need:,}.",
-                "a whole GGUF file.",
-                "make or download the file again.",
-            )
+            raise refusal("evaluate/cut-file", path=path, size=size, tensor=tensor, need=need)
 
 
 def _base_folder(model: str, revision: str, unpacking: Mapping[str, Any]) -> Path:
@@ -125,11 +119,7 @@ def _base_folder(model: str, revision: str, unpacking: Mapping[str, Any]) -> Pat
     except SourceError as error:
         if "/" in model or "\\" in model:
             raise
-        raise InputError(
-            f"{model!r}: no file or folder of that name here, and no model in the cache or on the hub ({error.why}).",
-            "a .gguf file, a model folder, an adapter folder, or an id such as Qwen/Qwen2.5-0.5B-Instruct.",
-            "check the name; a relative path is looked for in the current folder, then in the project.",
-        ) from None
+        raise refusal("evaluate/no-such-model", model=model, error=error) from None
 
 
 # Any models on any rows, each in a process of its own.
@@ -228,9 +218,7 @@ def open_model(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any]:
     adapter, in_4bit = argument["adapter"] and Path(argument["adapter"]), argument["load_in_4bit"]
     if adapter is None and (method := quantization_method(path)):
         if in_4bit:
-            do = "leave out --load-in-4bit."
-            found = f"{argument['model']} is quantized already ({method})."
-            raise InputError(found, "a model of full weights.", do)
+            raise refusal("evaluate/quantized-already", argument=argument, method=method)
         model = load_as_saved(path)
     else:
         dtype, _ = compute_dtype(argument["dtype"])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.errors import EXTRAS, InputError
+from lib.errors import EXTRAS, InputError, refusal
 from lib.models.loading import load_as_saved, load_tokenizer, weight_bytes
 from lib.models.weights import open_weights
 from lib.progress import Progress
@@ -327,11 +327,7 @@ def _check(source: Path, output: Path, prompts: list[list[int]], progress: Progr
     own = _log_probs(output, prompts)
     progress.advance(1, "loaded again")
     if not np.isfinite(own).all():
-        raise InputError(
-            f"the {output.name} model gives log-probabilities that are not finite.",
-            "numbers.",
-            "leave this format out: the model's activations exceed its range.",
-        )
+        raise refusal("export/not-finite", output=output)
     merged = _log_probs(source, prompts)
     progress.advance(1, "compared")
     kld = (np.exp(merged) * (merged - own)).sum(axis=1)
@@ -370,9 +366,7 @@ def group_size(widths: set[int]) -> int:
         if all(width % size == 0 for width in widths):
             return size
     odd = min(width for width in widths if width % GROUPS[-1])
-    raise InputError(
-        f"linear layers with {odd} inputs.", f"a multiple of {GROUPS[-1]}.", "leave gptq out of export_formats."
-    )
+    raise refusal("export/odd-layers", odd=odd, least=GROUPS[-1])
 
 
 def quantize_gptq(source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:

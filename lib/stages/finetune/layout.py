@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lib.errors import InputError
+from lib.errors import refusal
 from lib.prompts.conversations import Encoded
 from lib.stages.finetune import batches
 from lib.stages.finetune.batches import Collate, Collator, PackedCollator
@@ -203,11 +203,7 @@ def _require_plain_logits(model: Any, batch: dict[str, torch.Tensor]) -> None:
     finally:
         handle.remove()
     if (own - plain).abs().max() > SAME * plain.abs().max():
-        raise InputError(
-            "the base model scales or caps its logits (as Gemma 2 and Granite do).",
-            "logits that are the output layer's (Qwen, Llama, Mistral, Phi-3, Gemma 3).",
-            "choose another base_model.",
-        )
+        raise refusal("finetune/scaled-logits")
 
 
 def _close(model: Any, found: float, expected: float) -> bool:

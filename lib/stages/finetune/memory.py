@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from lib.errors import InputError, one_line
+from lib.errors import InputError, one_line, refusal
 from lib.models.base_model import how_to_get, refuse_without_template
 from lib.models.configurations import read_configuration, refuse_other_task
 from lib.models.unpack_source import read_source, transformers_config
@@ -33,19 +33,11 @@ def with_adapter(model: Any, settings: Settings) -> Any:
     if targets != "all-linear":
         targets = [name.strip() for name in targets.split(",") if name.strip()]
         if bad := sorted({"lm_head", "embed_tokens"} & {name.rpartition(".")[2] for name in targets}):
-            raise InputError(
-                f"target_modules names {bad[0]}.",
-                "linear layers of the blocks: small Qwen models tie their embeddings, and a merge would be wrong.",
-                "set target_modules: all-linear.",
-            )
+            raise refusal("finetune/tied-targets", bad=bad)
         layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
         if unknown := [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in layers)]:
             blocks = sorted({layer.rpartition(".")[2] for layer in layers if layer.endswith("_proj")})
-            raise InputError(
-                f"target_modules names {', '.join(unknown)}: no linear layer of this model.",
-                f"names of linear layers, e.g. {', '.join(blocks)}.",
-                "correct them, or set target_modules: all-linear.",
-            )
+            raise refusal("finetune/not-linear", unknown=", ".join(unknown), blocks=", ".join(blocks))
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
@@ -57,11 +49,7 @@ def with_adapter(model: Any, settings: Settings) -> Any:
         with no_warnings():
             return get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(
-            f"target_modules {settings.target_modules!r} ({one_line(error)}).",
-            "names of linear layers.",
-            "set it to all-linear.",
-        ) from None
+        raise refusal("finetune/no-such-layers", settings=settings, said=one_line(error)) from None
 
 
 # Memory a training needs, estimated before it starts, and what to change when it is too much.
@@ -136,10 +124,11 @@ def advice(need: int, available: int, settings: Settings, can_4bit: bool) -> lis
 def refuse_impossible(need: int, total: int, steps: list[str]) -> None:
     """Raise when the machine's whole memory is less than the estimate."""
     if need > total:
-        raise InputError(
-            f"training needs about {need / 2**30:.1f} GiB; this machine has {total / 2**30:.1f} GiB.",
-            "a training that fits.",
-            "set " + ", then ".join(steps or ["base_model to a smaller one"]) + ".",
+        raise refusal(
+            "finetune/too-large",
+            need=need / 2**30,
+            total=total / 2**30,
+            steps="set " + ", then ".join(steps or ["base_model to a smaller one"]) + ".",
         )
 
 
@@ -291,18 +280,12 @@ def _config(name: str) -> Any:
         raise InputError(f"no file {folder}.", "a .gguf file.", f"{how_to_get(folder)}.")
     file = folder / "config.json" if folder.is_dir() else folder if folder.name == "config.json" else _cached(name)
     if file is None or not file.is_file():
-        raise InputError(
-            f"no config.json of {name} on this machine (nothing is downloaded here).",
-            "a model folder, or a model that notebook 01 has downloaded before.",
-            "give the model's folder: workbook doctor PARAMS --model FOLDER.",
-        )
+        raise refusal("finetune/no-configuration", name=name)
     refuse_other_task(file.parent, {}, read_configuration(file.parent).get("architectures") or ())
     try:
         return AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError) as error:
-        raise InputError(
-            f"{file} cannot be used ({one_line(error)}).", "a causal language model.", "check the model."
-        ) from None
+        raise refusal("finetune/no-language-model", file=file, said=one_line(error)) from None
 
 
 def _cached(name: str) -> Path | None:

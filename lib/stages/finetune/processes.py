@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError, Terminated
+from lib.errors import InputError, Terminated, refusal
 from lib.progress import PROGRESS_FILE_VARIABLE, Progress
 from lib.runs import child, machine
 from lib.runs.files import data_file, read_json, write_json
@@ -77,11 +77,7 @@ def _require_devices(size: int) -> None:
         import torch
 
         if (count := torch.cuda.device_count()) < size:
-            raise InputError(
-                f"num_processes: {size}, and {count} GPU{'s' if count != 1 else ''} here.",
-                "a GPU for every process.",
-                f"set num_processes: {count} and gradient_accumulation_steps accordingly.",
-            )
+            raise refusal("finetune/too-few-gpus", size=size, count=count, plural="s" if count != 1 else "")
 
 
 def launch(argument: dict[str, Any]) -> dict[str, Any]:
@@ -201,11 +197,7 @@ def made_once(make: Callable[[], Product], run: Run, num_processes: int) -> Prod
         with _without_launcher():
             return make()
     if size != str(num_processes) or os.environ.get("LOCAL_WORLD_SIZE", size) != size:
-        raise InputError(
-            f"a launcher (torchrun, accelerate) started {size} processes, and num_processes is {num_processes}.",
-            "the same number, on one machine.",
-            f"start without the launcher (num_processes is enough), or set num_processes: {size}.",
-        )
+        raise refusal("finetune/other-launcher", size=size, num_processes=num_processes)
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=WAITING)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.base_model import Base
 from lib.models.loading import load_model, load_tokenizer
 from lib.progress import Progress, track
@@ -204,9 +204,7 @@ def _choose(log: list[dict[str, Any]], folder: Path) -> checkpoints.Checkpoint:
     if broken or chosen is None:
         where = f" at step {broken[0]}" if broken else ""
         shutil.rmtree(folder)  # nothing to continue from: these weights are lost
-        raise InputError(
-            f"the loss is not a finite number{where}.", "a training that converges.", "lower learning_rate (by half)."
-        )
+        raise refusal("finetune/diverged", where=where)
     return chosen
 
 
@@ -248,11 +246,7 @@ def base_fits() -> Iterator[None]:
         with full_memory():
             yield
     except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"the device has no room for the base model itself ({_first_line(error)}).",
-            "a base that fits, with room for its training.",
-            "set load_in_4bit: true or a smaller base_model; and see that nothing else uses the device.",
-        ) from None
+        raise refusal("finetune/no-room-for-base", said=_first_line(error)) from None
 
 
 def _first_line(error: Exception) -> str:
@@ -317,12 +311,7 @@ def _failure(inputs: TrainingInputs, message: str) -> dict[str, Any]:
     following = smaller(sizes["rows"], sizes["passes"])
     if following is None:
         (inputs.folder / MEMORY_RECORD).unlink(missing_ok=True)  # another start may find more room
-        raise InputError(
-            f"the device ran out of memory with one row a forward pass ({message}).",
-            "a training that fits.",
-            "set gradient_checkpointing: true, load_in_4bit: true, a smaller max_seq_length or a smaller lora_r; "
-            "and see that nothing else uses the device.",
-        )
+        raise refusal("finetune/no-room-for-a-row", message=message)
     rows, passes = following
     good, _ = checkpoints.find(inputs.folder / "checkpoints")
     line = f"out of memory with {sizes['rows']} rows a forward pass: {rows} from now on"

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import refusal
 from lib.models import base_model
 from lib.models.adapters import adapter_config, check_fit, copy_weights, read_adapter
 from lib.models.base_model import Base, GivenAdapter
@@ -210,11 +210,7 @@ def adopt(settings: Settings, run: Run) -> Product:
             compared.
     """
     if run.fold > 1 or run.other_folds():
-        raise InputError(
-            f"adapter {settings.adapter}, for the cross-validated data of run {run.name!r}.",
-            "a model trained on the rows of each fold; an adapter from elsewhere may have seen the rows that test it.",
-            "leave adapter out, or run 01 with folds: 1.",
-        )
+        raise refusal("finetune/adopted-with-folds", settings=settings, run=run)
     best = best_of(settings.adapter, run) if settings.adapter.startswith(BEST_OF) else None
     given = best.given if best else base_model.resolve_adapter(settings.adapter)
     return run.produce(
@@ -232,11 +228,7 @@ def _adopt(given: GivenAdapter, run: Run, draft: ProductDraft, best: Best | None
     base_model.refuse_other_weights(given.path, base)
     shape, own = check_fit(given.path, base.path), differences(given.path, run.require("data").path / "tokenizer")
     if "vocabulary" in own:
-        raise InputError(
-            f"the adapter {given.path}: {own['vocabulary']}.",
-            "the tokens of the base, which the rows of this run were cut into.",
-            "merge it first (workbook merge keeps its tokens), and give the merged folder as base_model.",
-        )
+        raise refusal("finetune/other-vocabulary", given=given, own=own)
     draft.notes += [f"{words}: this run asks by the base's, not as the adapter was trained" for words in own.values()]
     method, trained_on = (best.method, f"as run {best.run} says") if best else trained_as(given.path)
     if method == "QLoRA" and (problem := machine.bitsandbytes_problem()):

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.gguf_file import read_metadata, read_tensors
 from lib.models.unpack import plain_name
 from lib.prompts.tasks import Task
@@ -62,11 +62,7 @@ def choose_file(run: Run, comparison: Mapping[str, Any], wanted: str | None) -> 
     unproven = advice.get("unproven") if wanted == UNPROVEN else None
     asked = advice["type"] or unproven if wanted in (None, UNPROVEN) else wanted
     if asked is None:
-        raise InputError(
-            f"the comparison of run {run.name!r} recommends no file ({advice['text']})",
-            "a recommended file, or your own decision.",
-            f"decide yourself with --type, one of {', '.join(entries)}; the model card will say so.",
-        )
+        raise refusal("package/none-recommended", run=run, advice=advice, types=", ".join(entries))
     entry = next((entry for name, entry in entries.items() if name.lower() == asked.lower()), None)
     if entry is None:
         raise InputError(f"--type {wanted!r}.", f"a compared GGUF file: {', '.join(entries)}.", "name one of them.")
@@ -95,11 +91,7 @@ def _source(run: Run, name: str) -> Path:
         path = run.require(product).path / name
         if path.is_file():
             return path
-    raise InputError(
-        f"{name} is in neither quantized/ nor gguf/ of run {run.name!r}.",
-        "the files that were compared.",
-        "run notebooks/07_compare_quantized.ipynb again.",
-    )
+    raise refusal("package/file-gone", name=name, run=run)
 
 
 # What is known of the licences of base model and data, and what is not.

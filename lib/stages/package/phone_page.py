@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.runs.files import PROJECT, data_file, read_json, read_jsonl, sha256_file, sha256_json, utf8, write_json
 from lib.runs.run import Run
 from lib.stages.package.documents import CHECKED_TOKENS, PackedModel
@@ -110,11 +110,7 @@ def fitting(rows: Rows, lengths: list[int], n_ctx: int) -> tuple[list[int], str]
     """
     kept = [i for i, length in enumerate(lengths) if length < n_ctx]
     if lengths and not kept:
-        raise InputError(
-            f"{rows.first} has {lengths[0]:,} tokens with the prompt, and no other row is shorter than the context.",
-            f"rows of less than {n_ctx:,} tokens with the prompt.",
-            "name shorter rows with --rows.",
-        )
+        raise refusal("package/long-rows", rows=rows, lengths=lengths, n_ctx=n_ctx)
     dropped = len(lengths) - len(kept)
     words = f" ({dropped} of {len(lengths)} left out, longer than the context)" if dropped else ""
     return kept, rows.source + words
@@ -143,11 +139,7 @@ def request_web(run: Run, rows: Path | None) -> Rows:
         InputError: the library was not fetched; a file that cannot be read as rows.
     """
     if missing := library_lacks():
-        raise InputError(
-            f"the phone page needs the npm package @wllama/wllama, and {missing[0]} is not in .cache/wllama.",
-            "the library, fetched once.",
-            "run make wllama (needs npm and a network).",
-        )
+        raise refusal("package/no-library", missing=missing)
     return find_rows(run, rows)
 
 
@@ -217,11 +209,7 @@ def _require_whole_characters(tokenizer: PreTrainedTokenizerBase, labels: Sequen
     """The page hands tokens on as text, which half a character is not."""
     for label in labels:
         if "\ufffd" in "".join(tokenizer.decode([number]) for number in label["ids"]):
-            raise InputError(
-                f"the tokens of the label {label['name']!r} split a character.",
-                "labels whose tokens are whole characters.",
-                "train with other label_names, or package without --web.",
-            )
+            raise refusal("package/split-character", label=label)
 
 
 def _answered(rows: Rows, packed: PackedModel, info: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
@@ -255,10 +243,12 @@ def split_gguf(path: Path, folder: Path, limit: int) -> list[Path]:
     reader = GGUFReader(path)
     for tensor in reader.tensors:
         if tensor.n_bytes > limit:
-            raise InputError(
-                f"tensor {tensor.name} of {path.name} has {tensor.n_bytes / 1e6:.0f} MB.",
-                f"at most {limit / 1e6:.0f} MB, which a part for a browser holds.",
-                "package a smaller quantization type with --type, or leave out --web.",
+            raise refusal(
+                "package/large-tensor",
+                tensor=tensor,
+                path=path,
+                size=tensor.n_bytes / 1000000.0,
+                limit=limit / 1000000.0,
             )
     folder.mkdir(parents=True, exist_ok=True)
     fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.progress import Progress
 from lib.prompts.tasks import read_task
 from lib.prompts.templates import read_turns
@@ -192,10 +192,13 @@ def _linked_source(run: Run, name: str) -> tuple[Path, str]:
     for kind in _EXPORTS[name]:
         if kind in records:
             return exports / records[kind]["folder"], f"{kind}: {records[kind]['title']}"
-    raise InputError(
-        f"run {run.name!r} holds the exports {', '.join(records) or 'of no format'}.",
-        f"{' or '.join(_EXPORTS[name])} for the folder {name}/.",
-        f"add {_EXPORTS[name][0]} to export_formats and run notebooks/06_quantize.ipynb, or leave {name} out.",
+    raise refusal(
+        "package/no-such-export",
+        run=run,
+        made=", ".join(records) or "of no format",
+        wanted=" or ".join(_EXPORTS[name]),
+        name=name,
+        first=_EXPORTS[name][0],
     )
 
 
@@ -210,9 +213,7 @@ def _zip_folder(run: Run, output: Path | None) -> Path:
     if output is None:
         return run.folder
     if output.exists() and not output.is_dir():
-        raise InputError(
-            f"--output {output} is a file.", "a folder; the zip's name is that of the GGUF file.", "name the folder."
-        )
+        raise refusal("package/output-is-file", output=output)
     found, own = output.resolve(), run.folder.resolve()
     if found != own and found.is_relative_to(own):
         raise InputError(f"--output {output} is inside run {run.name!r}.", "a folder outside.", "choose another one.")
@@ -237,11 +238,7 @@ def check_target(target: Path, root: str, run_name: str) -> None:
         found = None
     if found != run_name:
         what = f"the package of run {found!r}" if found else "no package of the workbook"
-        raise InputError(
-            f"{target} is there already and is {what}.",
-            f"a folder where no other file has the name {target.name}.",
-            "name another folder with --output, or move that file away.",
-        )
+        raise refusal("package/other-zip", target=target, what=what)
 
 
 def write_zip(folder: Path, names: Iterable[str], target: Path, root: str) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.base_model import check_model_folder
 from lib.models.gguf_file import name_map
 from lib.models.loading import load_model, load_tokenizer, quantization_method, weight_bytes
@@ -119,12 +119,7 @@ def row_windows(data: Path, split: str, size: int, most: int, seed: int) -> Wind
         found = f"test rows of {len(ids)} tokens."
         raise InputError(found, f"one window of {size} tokens.", "lower n_ctx, or raise max_eval_rows.")
     if not count:
-        raise InputError(
-            f"{len(rows)} training rows (without {sum(facts['left_out'].values())} that resemble held-out ones) do not "
-            f"fill a window of {size} tokens.",
-            "more text for the importance matrix.",
-            "lower n_ctx, add training rows, or set imatrix: none.",
-        )
+        raise refusal("quantize/too-little-text", count=len(rows), left_out=sum(facts["left_out"].values()), size=size)
     owners, by_number = owners[: count * size], dict(rows)
     used = _fingerprints([by_number[number] for number in dict.fromkeys(owners)], held_out)
     digest = sha256_json([row["sha256"] for row in used])
@@ -407,11 +402,7 @@ def gguf_layers(model: Any) -> dict[str, Any]:
     names = name_map(kind, model.config.num_hidden_layers)
     found = {name: names.get_name(f"{name}.weight", (".weight",)) if names else None for name in linear}
     if unknown := [name for name, new in found.items() if new is None]:
-        raise InputError(
-            f"layer {unknown[0]} of a {kind} model, whose name in GGUF is not known.",
-            "a model of the Qwen2, Qwen3 or Llama family.",
-            "set imatrix to a file of llama-imatrix, or to none.",
-        )
+        raise refusal("quantize/unknown-layer", unknown=unknown, kind=kind)
     return {str(found[name]): layer for name, layer in linear.items()}
 
 

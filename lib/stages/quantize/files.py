@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.gguf_file import check_gguf
 from lib.progress import Progress
 from lib.runs.child import StoppedError, run_child
@@ -257,9 +257,7 @@ def require_matrix(predictions: Sequence[dict[str, Any]], options: Options) -> N
     """
     needing = [prediction["type"] for prediction in predictions if prediction["needs_imatrix"]]
     if needing and options.imatrix is None:
-        do = "give one (--imatrix FILE, made by `workbook imatrix` or llama-imatrix), or choose a K-type, e.g. Q2_K."
-        found = f"{needing[0]} without an importance matrix."
-        raise InputError(found, "an importance matrix for this type.", do)
+        raise refusal("quantize/no-matrix", needing=needing)
 
 
 def check_output(source: Path, output: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from llama_cpp import _ggml
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.gguf_file import padded, read_gguf, unusable
 from lib.scoring import llama_backend
 from lib.settings import TENSOR_TYPES
@@ -251,9 +251,7 @@ class Imatrix:
 
 
 def _damaged(path: Path, what: str) -> InputError:
-    return InputError(
-        f"the importance matrix {path}: {what}.", "a file of `workbook imatrix` or llama-imatrix.", "make it again."
-    )
+    return refusal("quantize/damaged-matrix", path=path, what=what)
 
 
 def read_imatrix(path: Path | str | None) -> Imatrix | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import llama_cpp
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.gguf_file import padded
 from lib.progress import Progress
 from lib.runs.child import peak_memory_mib
@@ -280,17 +280,10 @@ class Source:
             try:
                 log = self.dry_run("Q8_0", replace(self.options, imatrix=None, tensor_types=probe))
             except InputError as error:
-                found = f"llama.cpp refuses {pattern!r} in tensor_types. {error.found}"
-                do = "correct it; it is a regular expression of C++ (ECMAScript)."
-                raise InputError(found, "REGEX=TYPE.", do) from None
+                raise refusal("quantize/bad-expression", pattern=pattern, error=error) from None
             if not any(_OVERRIDE_LINE.search(line) for line in log.lines):
                 some = ", ".join(n for n in self.tensors if n.startswith("blk.0.") and n.endswith("weight"))
-                raise InputError(
-                    f"the expression {pattern!r} of tensor_types chooses no tensor.",
-                    "one that fits a matrix which no earlier entry and neither of the two other types takes.",
-                    f"correct or remove it; tensors are called {_head(self.tensors)}, {some} (norms are never "
-                    "quantized).",
-                )
+                raise refusal("quantize/chooses-nothing", pattern=pattern, head=_head(self.tensors), some=some)
 
     def _check_widths(self) -> None:
         """Refuse types of embedding and output whose blocks the rows do not fill: llama.cpp aborts there."""
@@ -300,10 +293,8 @@ class Source:
                 continue
             kind, columns = tensor_type(asked), self.tensors[name].columns
             if columns % llama_library.block_size(kind):
-                raise InputError(
-                    f"{name} has rows of {columns} weights, which do not fill blocks of {kind}.",
-                    f"a type whose blocks divide {columns} (those of {kind} hold {llama_library.block_size(kind)}).",
-                    "choose q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl, which have blocks of 32.",
+                raise refusal(
+                    "quantize/odd-rows", name=name, columns=columns, kind=kind, block=llama_library.block_size(kind)
                 )
 
     def _check_effect(self, recipe: str, tensors: Tensors, fallbacks: list[dict[str, Any]]) -> None:
@@ -314,11 +305,7 @@ class Source:
         asked, head = self.options.output_tensor_type, _head(self.tensors)
         if not asked or tensors[head].type == tensor_type(asked) or any(row["tensor"] == head for row in fallbacks):
             return
-        raise InputError(
-            f"output_tensor_type {asked} has no effect: {head} becomes {tensors[head].type}.",
-            "an output matrix of its own, or a tied one that no other option sets.",
-            "remove output_tensor_type, or set token_embedding_type alone.",
-        )
+        raise refusal("quantize/no-effect", asked=asked, head=head, kind=tensors[head].type)
 
     def _check_importance_of_embeddings(self, tensors: Tensors) -> None:
         """Refuse types that need importance values for a tensor without them: llama.cpp aborts its process there."""
@@ -326,11 +313,7 @@ class Source:
             if name not in tensors or tensors[name].type == self.tensors[name].type:
                 continue
             if self.importance(name) is None and llama_library.requires_imatrix(tensors[name].type):
-                raise InputError(
-                    f"{name} as {tensors[name].type} without importance values for it.",
-                    "an importance matrix that covers it (llama-imatrix --process-output for the output matrix).",
-                    "choose another type for it, e.g. q4_0 or q8_0.",
-                )
+                raise refusal("quantize/no-importance", name=name, kind=tensors[name].type)
 
     def check_coverage(self, names: Iterable[str]) -> None:
         """Refuse a matrix that lacks layers of this model (llama.cpp would quantize without it) or has other widths.
@@ -348,9 +331,7 @@ class Source:
             shape, have = self.tensors[name].shape, 0 if values is None else values.size
             needed = shape[0] * (shape[2] if len(shape) > 2 else 1)
             if have != needed:
-                found = f"the importance matrix {self.matrix.file} has {have} values for {name}."
-                do = "make it with this very model (`workbook imatrix MODEL_DIR OUT.gguf --text FILE`)."
-                raise InputError(found, f"{needed}.", do)
+                raise refusal("quantize/other-matrix", matrix=self.matrix, have=have, name=name, needed=needed)
 
 
 def open_source(path: Path | str, options: Options) -> Source:
@@ -368,9 +349,5 @@ def open_source(path: Path | str, options: Options) -> Source:
         raise InputError(f"{path} is an importance matrix.", "a model.", "give it as --imatrix instead.")
     if quantized := sorted({t.type for t in header.tensors.values()} - files.SOURCE_TENSOR_TYPES):
         name = files.name_of(header.values.get("general.file_type"))
-        raise InputError(
-            f"{path} is already quantized ({name}: {', '.join(quantized)}).",
-            "F16, BF16 or F32 weights: quantizing twice adds the errors.",
-            "start from the F16 file (outtype: f16 in the parameters).",
-        )
+        raise refusal("quantize/quantized-twice", path=path, name=name, types=", ".join(quantized))
     return Source(header, options, matrix)

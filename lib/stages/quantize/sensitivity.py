@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.gguf_file import row_order
 from lib.models.loading import load_model, weight_bytes
 from lib.progress import Progress, track
@@ -175,10 +175,8 @@ def _dtype(size: int) -> str:
     free = available_memory()
     if 4.0 * size < free:
         return "float32" if compute_dtype()[0] == "float32" and 5.5 * size < free else "bfloat16"
-    raise InputError(
-        f"{free / 1e9:.1f} GB of free memory for a backward pass of a model of {size / 1e9:.1f} GB.",
-        f"{4 * size / 1e9:.1f} GB.",
-        "close other programs, or do without a size budget.",
+    raise refusal(
+        "quantize/no-memory", free=free / 1000000000.0, size=size / 1000000000.0, need=4 * size / 1000000000.0
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.gguf_file import padded
 from lib.progress import Progress
 from lib.runs.machine import physical_cores
@@ -103,9 +103,7 @@ class _Trial:
             path, shape = folder / loss / f"{name}.npy", (self.tensor.rows, self.tensor.columns)
             values = np.load(path, mmap_mode="r") if path.is_file() else None
             if values is None or values.shape != shape:
-                found = f"no sensitivity of {name} ({shape[0]} × {shape[1]}) in the model folder."
-                expected = "a dense model of the Qwen2, Qwen3 or Llama family."
-                raise InputError(found, expected, "do without a size budget.")
+                raise refusal("quantize/no-sensitivity", name=name, shape=shape)
             part = float(values[:: self.step].sum(dtype=np.float64))
             share = float(values.sum(dtype=np.float64)) / max(part, 1e-300)
             self.sensitivities[loss] = _Sensitivity(path, factors.get(name, 0.0), share)
