@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lib.errors import InputError, Terminated, as_input_error, in_words, refusal, sigterm_raises
+from lib.errors import InputError, Terminated, as_input_error, in_words, refusing, sigterm_raises
 from lib.runs.files import data_file, disk_error, json_text, refuse_device
 
 _LONGEST = 1000
@@ -81,10 +81,8 @@ def _usable(value: Any, any_name: bool) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_usable(part, any_name) for part in value)
     if isinstance(value, Path) and str(value).startswith("~") and not value.exists():
-        try:
+        with refusing(RuntimeError, "cli/no-home", value=value):
             value = value.expanduser()
-        except RuntimeError:
-            raise refusal("cli/no-home", value=value) from None
     if isinstance(value, (str, Path)):
         refuse_device(value)
         if not any_name:

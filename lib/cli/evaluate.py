@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.cli.console import show, table
-from lib.errors import InputError, refusal
+from lib.errors import InputError, refusal, refusing
 from lib.progress import say
 from lib.runs.files import read_json, read_jsonl, user_path, utf8, writable, write_json
 
@@ -289,10 +289,8 @@ def _rows(path: Path, text_column: str) -> list[str]:
 
     table = next(iter(read_table(str(path)).splits.values()))
     name = find_column(list(table[0]), text_column, "text")
-    try:
+    with refusing(DamagedError, "cli/no-column-of-text", path=path, name=name):
         return [safe_text(value, Counter()) for value in (row[name] for row in table)]
-    except DamagedError as reason:
-        raise InputError(f"{path}, column {name!r}: {reason}.", "text.", "correct the file.") from None
 
 
 def numbers(result: dict[str, Any]) -> str:

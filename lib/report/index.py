@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from lib.errors import InputError
+from lib.errors import InputError, refusing
 from lib.report.display import Table, build, rows_of, value_at
 from lib.report.sentences import TEMPLATES, environment, sentence, word_rows
 from lib.runs import manifest
@@ -172,10 +172,9 @@ def read_stage(notebook: Path) -> Stage:
     """
     import nbformat
 
-    try:
+    kinds = (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, KeyError)
+    with refusing(kinds, "report/damaged-notebook", notebook=notebook):
         content = nbformat.read(notebook, as_version=4)
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, KeyError):
-        raise InputError(f"{notebook} is damaged.", "a Jupyter notebook.", f"git checkout {notebook.name}.") from None
     first = next((c.source for c in content.cells if c.cell_type == "markdown"), "")
     title, question = (re.sub(r"[*`]", "", found[1]) if (found := p.search(first)) else "" for p in (_TITLE, _QUESTION))
     return Stage(notebook.stem, title or notebook.stem, question)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lib import settings as lib_settings
-from lib.errors import InputError, Terminated, refusal, sigterm_raises
+from lib.errors import InputError, Terminated, refusal, refusing, sigterm_raises
 from lib.report import execute, html, index
 from lib.report.html import duration
 from lib.report.index import Stage, summarise
@@ -226,10 +226,8 @@ def declared(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:
 
     cells = nbformat.read(notebook, as_version=4).cells
     sources = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
-    try:
+    with refusing(SyntaxError, "report/no-parameters-cell", notebook=notebook):
         tree = ast.parse("\n".join(sources))
-    except SyntaxError as error:
-        raise refusal("report/no-parameters-cell", notebook=notebook, error=error) from None
     keys = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
     unknown = sorted(set(keys) - set(values))
     if unknown:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError, missing_library, refusal
+from lib.errors import InputError, missing_library, refusal, refusing
 from lib.models.gguf_file import check_gguf, read_metadata
 from lib.runs.child import run_child
 from lib.runs.machine import has_module, llama_cpp_problem, physical_cores
@@ -150,10 +150,8 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
     argument = {"path": path, **vars(options)}  # what ends llama.cpp ends a child
     run_child("lib.scoring.measure:try_prompt", argument, f"a prompt of {path.name}", heard=lambda _: None)
     os.environ.pop("CONFIG_FILE", None)  # the server would take the model that it names
-    try:
+    with refusing(ValueError, "serve/no-model", path=path, n_ctx=n_ctx):
         application = server.create_app(None, ServerSettings(interrupt_requests=False), [model])
-    except ValueError as error:
-        raise refusal("serve/no-model", path=path, n_ctx=n_ctx, error=error) from None
     application.user_middleware = [m for m in application.user_middleware if m.cls is not CORSMiddleware]
     server.RouteErrorHandler.error_message_wrapper = _explained
     llm = server._llama_proxy()

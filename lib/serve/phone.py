@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError, missing_library, refusal
+from lib.errors import InputError, missing_library, refusing
 from lib.runs.files import data_file
 from lib.runs.machine import has_module
 from lib.serve.listening import ServeOptions, in_address, is_loopback, listen, make_server
@@ -61,10 +61,8 @@ def encryption_of(options: ServeOptions) -> dict[str, Any]:
     """
     if options.cert is None:
         return {}
-    try:
+    with refusing((OSError, ssl.SSLError), "serve/no-certificate", options=options):
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.cert, options.key)
-    except (OSError, ssl.SSLError) as error:
-        raise refusal("serve/no-certificate", options=options, error=error) from None
     return {"ssl_certfile": options.cert, "ssl_keyfile": options.key}
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError, refusal
+from lib.errors import InputError, refusal, refusing
 from lib.models.gguf_file import read_metadata, read_tensors
 from lib.runs.files import data_file, sha256_file, write_json
 from lib.runs.run import Run
@@ -313,10 +313,9 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     if not path.is_file() or path.stat().st_size > MOST_BYTES:
         raise InputError(f"no result {path}.", "a JSON file from the phone page.", "check the path.")
-    try:
+    # of UTF-8, of JSON, of a number with thousands of digits, of nesting
+    with refusing((ValueError, RecursionError), "compare/damaged-result", path=path):
         content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # of UTF-8, of JSON, of a number with thousands of digits, of nesting
-        raise refusal("compare/damaged-result", path=path, error=error) from None
     return check_result(content)
 
 

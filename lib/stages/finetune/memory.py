@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from lib.errors import InputError, one_line, refusal
+from lib.errors import InputError, refusal, refusing
 from lib.models.base_model import how_to_get, refuse_without_template
 from lib.models.configurations import read_configuration, refuse_other_task
 from lib.models.unpack_source import read_source, transformers_config
@@ -45,11 +45,8 @@ def with_adapter(model: Any, settings: Settings) -> Any:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    try:
-        with no_warnings():
-            return get_peft_model(model, config)
-    except ValueError as error:
-        raise refusal("finetune/no-such-layers", settings=settings, said=one_line(error)) from None
+    with refusing(ValueError, "finetune/no-such-layers", settings=settings), no_warnings():
+        return get_peft_model(model, config)
 
 
 # Memory a training needs, estimated before it starts, and what to change when it is too much.
@@ -282,10 +279,8 @@ def _config(name: str) -> Any:
     if file is None or not file.is_file():
         raise refusal("finetune/no-configuration", name=name)
     refuse_other_task(file.parent, {}, read_configuration(file.parent).get("architectures") or ())
-    try:
+    with refusing((ValueError, OSError, KeyError), "finetune/no-language-model", file=file):
         return AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise refusal("finetune/no-language-model", file=file, said=one_line(error)) from None
 
 
 def _cached(name: str) -> Path | None:
