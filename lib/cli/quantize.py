@@ -36,8 +36,7 @@ class BudgetOptions:
             InputError: two budgets; one of the three options without the others; a text and the rows of a run.
         """
         if self.size_budget_mb is not None and self.bits_per_weight is not None:
-            found = "--size-budget-mb and --bits-per-weight."
-            raise InputError(found, "one of the two: they are one budget in two units.", "leave one out.")
+            raise refusal("cli/two-budgets")
         budget = "size_budget_mb" if self.bits_per_weight is None else "bits_per_weight"
         if self.text is not None and self.data is not None:
             raise InputError("--text and --data.", "one of the two: what gradients are of.", "leave one out.")
@@ -82,12 +81,10 @@ def quantize(
     options = Options(imatrix, tuple(tensor_type or ()), output_tensor_type, token_embedding_type)
     wanted = types or []
     if not wanted and options.any_types():
-        do = "name a TYPE, or leave them out: a size budget decides every tensor."
-        raise InputError("types of single tensors without a TYPE.", "the type of the other tensors.", do)
+        raise refusal("cli/types-without-type")
     budget = under_budget.budget(source)
     if not wanted and budget is None:
-        do = "name one, e.g. Q4_K_M, or give --size-budget-mb or --bits-per-weight."
-        raise InputError("no type.", "a TYPE, several, or a size budget.", do)
+        raise refusal("cli/no-type")
     if dry_run:
         rows = _predict(source, wanted, options, budget, n_threads)
         show({"files": rows}, as_json, _as_text(rows))
@@ -140,11 +137,9 @@ def _make(
 
     count = len(types) + (budget is not None)
     if output.suffix not in ("", ".gguf") and not output.is_dir():
-        do = f"write {output.with_suffix('.gguf')}, or make the folder {output} first."
-        raise InputError(f"the output {output}.", "a name that ends with .gguf, or a folder.", do)
+        raise refusal("cli/no-file-name", output=output, name=output.with_suffix(".gguf"))
     if count > 1 and output.suffix == ".gguf" and not output.is_dir():
-        do = "name a folder; the files in it get the source's name and their type."
-        raise InputError(f"one file {output} for {count} types.", "a folder for several types.", do)
+        raise refusal("cli/one-file-for-several", output=output, count=count)
     beside = [mix_name(budget.bytes)] if budget else []
     planned = plan_files(source, output, types, options, beside)
     if budget:

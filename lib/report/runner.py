@@ -204,14 +204,8 @@ def _refuse_other_settings(run: Run, settings: Settings, first: str) -> None:
             now["seed"], made = settings.training_seed, {"adapter": "", **made}
         hashed = ("fallbacks", "imatrix")
         if other := [key for key in made if key in now and key not in hashed and made[key] != now[key]]:
-            raise refusal(
-                "report/other-settings",
-                start=first[:2],
-                product=product,
-                run=run,
-                keys=", ".join(other),
-                earlier=NOTEBOOK_OF[product][:2],
-            )
+            keys, made_by = ", ".join(other), NOTEBOOK_OF[product]
+            raise refusal("report/other-settings", first=first, product=product, run=run, keys=keys, made_by=made_by)
 
 
 def declared(notebook: Path, values: dict[str, Any]) -> dict[str, Any]:

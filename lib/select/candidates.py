@@ -210,12 +210,9 @@ def shared_ground(runs: Sequence[Candidate]) -> Ground:
     common = first.rows[[all(key in run.rows.index for run in runs) for key in first.rows.index]]
     unseen = common[~common.text.isin(frozenset().union(*(run.seen for run in runs)))]
     if unseen.empty:
-        raise refusal(
-            "select/no-common-rows",
-            names=", ".join(run.name for run in runs),
-            count=len(common),
-            seen=", and a run has trained on each of them" if len(common) else "",
-        )
+        names = ", ".join(run.name for run in runs)
+        seen = ", and a run has trained on each of them" if len(common) else ""
+        raise refusal("select/no-common-rows", names=names, count=len(common), seen=seen)
     free = unseen[~np.any([run.rows.leaked[unseen.index] for run in runs], axis=0)]
     rows = unseen if free.empty else free
     for run in runs[1:]:

@@ -224,9 +224,7 @@ def match(path: Path, names: Mapping[str, str]) -> dict[str, Any]:
     """
     result = read_result(path)
     if result["sha256"] not in names:
-        raise refusal(
-            "compare/other-file", path=path, digest=result["sha256"][:12], compared=", ".join(sorted(names.values()))
-        )
+        raise refusal("compare/other-file", path=path, result=result, compared=", ".join(sorted(names.values())))
     return {**result, "compared": names[result["sha256"]]}
 
 

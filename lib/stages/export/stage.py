@@ -299,8 +299,7 @@ def _quantize(name: str, source: Path, output: Path, calibration: list[list[int]
     if name == "fp16":  # weights above 65,504 became infinite
         for weight_name, weight in model.named_parameters():
             if not torch.isfinite(weight).all():
-                found = f"{weight_name} exceeds the range of float16."
-                raise InputError(found, "weights below 65,504.", "use bf16.")
+                raise refusal("export/beyond-float16", weight_name=weight_name)
     model.save_pretrained(str(output))
     return {}
 

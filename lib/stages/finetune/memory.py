@@ -121,12 +121,8 @@ def advice(need: int, available: int, settings: Settings, can_4bit: bool) -> lis
 def refuse_impossible(need: int, total: int, steps: list[str]) -> None:
     """Raise when the machine's whole memory is less than the estimate."""
     if need > total:
-        raise refusal(
-            "finetune/too-large",
-            need=need / 2**30,
-            total=total / 2**30,
-            steps="set " + ", then ".join(steps or ["base_model to a smaller one"]) + ".",
-        )
+        cure = ", then ".join(steps or ["base_model to a smaller one"])
+        raise refusal("finetune/too-large", need=need / 2**30, total=total / 2**30, cure=cure)
 
 
 # Which way of training fits this machine, with its arithmetic: from a parameter file and the model's shape alone.

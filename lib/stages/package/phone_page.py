@@ -243,13 +243,8 @@ def split_gguf(path: Path, folder: Path, limit: int) -> list[Path]:
     reader = GGUFReader(path)
     for tensor in reader.tensors:
         if tensor.n_bytes > limit:
-            raise refusal(
-                "package/large-tensor",
-                tensor=tensor,
-                path=path,
-                size=tensor.n_bytes / 1000000.0,
-                limit=limit / 1000000.0,
-            )
+            size, most = tensor.n_bytes / 1e6, limit / 1e6
+            raise refusal("package/large-tensor", tensor=tensor, path=path, size=size, most=most)
     folder.mkdir(parents=True, exist_ok=True)
     fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     writer = GGUFWriter(folder / path.name, fields.pop("general.architecture").contents(), split_max_size=limit)

@@ -192,14 +192,8 @@ def _linked_source(run: Run, name: str) -> tuple[Path, str]:
     for kind in _EXPORTS[name]:
         if kind in records:
             return exports / records[kind]["folder"], f"{kind}: {records[kind]['title']}"
-    raise refusal(
-        "package/no-such-export",
-        run=run,
-        made=", ".join(records) or "of no format",
-        wanted=" or ".join(_EXPORTS[name]),
-        name=name,
-        first=_EXPORTS[name][0],
-    )
+    made, wanted = ", ".join(records) or "of no format", _EXPORTS[name]
+    raise refusal("package/no-such-export", run=run, made=made, wanted=wanted, either=" or ".join(wanted), name=name)
 
 
 # A zip of the package: the same files give the same bytes, whenever it is made.

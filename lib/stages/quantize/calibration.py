@@ -116,8 +116,7 @@ def row_windows(data: Path, split: str, size: int, most: int, seed: int) -> Wind
         owners += [number] * len(own)
     count = min(most, len(ids) // size)
     if not count and split == "test":
-        found = f"test rows of {len(ids)} tokens."
-        raise InputError(found, f"one window of {size} tokens.", "lower n_ctx, or raise max_eval_rows.")
+        raise refusal("quantize/too-few-tokens", count=len(ids), size=size)
     if not count:
         raise refusal("quantize/too-little-text", count=len(rows), left_out=sum(facts["left_out"].values()), size=size)
     owners, by_number = owners[: count * size], dict(rows)
@@ -194,8 +193,7 @@ def require_whole_weights(model: Path) -> None:
     """Refuse what gradients cannot be computed with: no model folder, or one that is quantized."""
     check_model_folder(model)
     if method := quantization_method(model):
-        expected = "the folder of 16- or 32-bit weights (that the GGUF was converted from)."
-        raise InputError(f"{model} is quantized ({method}).", expected, "name that folder.")
+        raise refusal("quantize/no-whole-weights", model=model, method=method)
 
 
 # The product `imatrix`: an importance matrix of the run's own training rows; or one of any text.
@@ -379,8 +377,7 @@ def sums_of_squares(model: Any, windows: list[list[int]]) -> dict[str, np.ndarra
         for handle in handles:
             handle.remove()
     if broken := [name for name, values in sums.items() if not torch.isfinite(values).all()]:
-        found = f"inputs of {broken[0]} that are not finite ({len(broken)} layers)."
-        raise InputError(found, "finite activations.", "check 04.")
+        raise refusal("quantize/no-activations", broken=broken, count=len(broken))
     return {name: values.numpy() for name, values in sums.items()}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import refusal
 from lib.models.configurations import read_configuration
 from lib.models.gguf_file import name_map, row_order
 from lib.models.weights import NUMPY, StoredTensor, open_weights, widen
@@ -120,8 +120,7 @@ def base_matrices(folder: Path, source: Header) -> tuple[dict[str, BaseMatrix], 
     architecture = source.values.get("general.architecture")
     names = name_map(architecture, source.values.get(f"{architecture}.block_count") or 0)
     if names is None:
-        what = f"{source.path.name} has architecture {architecture!r}."
-        raise InputError(what, "one that gguf knows.", "convert it again.")
+        raise refusal("quantize/unknown-architecture", source=source, architecture=architecture)
     config = read_configuration(folder)
     config = {"num_key_value_heads": config.get("num_attention_heads"), "model_type": "", **config}
     stored = {}
@@ -134,8 +133,7 @@ def base_matrices(folder: Path, source: Header) -> tuple[dict[str, BaseMatrix], 
     matrices = [name for name, tensor in source.tensors.items() if len(tensor.shape) > 1]
     fit = [name for name in matrices if name in stored and stored[name].shape[::-1] == source.tensors[name].shape]
     if not fit:
-        found = f"none of the {len(matrices)} matrices of {source.path.name} is in the base {folder}."
-        raise InputError(found, "the base that it was trained from.", "run 01 again with the right base_model.")
+        raise refusal("quantize/other-base", count=len(matrices), source=source, folder=folder)
     found = {name: BaseMatrix(stored[name], row_order(name, config, stored[name].shape[0])) for name in fit}
     return found, [name for name in matrices if name not in found]
 

@@ -115,11 +115,9 @@ class Options:
         for entry in self.tensor_types:
             pattern, _, name = entry.partition("=")
             if not pattern or not name:
-                do = "write for example attn_v=Q8_0 or blk\\.0\\.ffn_down=Q6_K."
-                raise InputError(f"the tensor type {entry!r}.", "REGEX=TYPE.", do)
+                raise refusal("quantize/no-pair", entry=entry)
             if pattern != pattern.lower():
-                do = "write it in lower case: llama-quantize lowers it, and so would change what it means."
-                raise InputError(f"capital letters in the expression {pattern!r}.", "names of tensors.", do)
+                raise refusal("quantize/capital-letters", pattern=pattern)
             pairs.append((pattern, name))
         return pairs
 
@@ -242,8 +240,7 @@ def survey(
         file_type(name)
     check_gguf(source)
     if problem := llama_cpp_problem():
-        do = "install llama-cpp-python as the README says; `workbook doctor` tells what it lacks."
-        raise InputError(f"llama.cpp cannot be used here ({problem}).", "llama-cpp-python.", do)
+        raise refusal("quantize/no-llama-cpp", problem=problem)
     argument = {"source": source, "types": list(types), "options": options or Options()}
     answer = run_child("lib.stages.quantize.quantizer:predict", argument, "predicting sizes")
     return answer["predictions"], answer["source"]
@@ -271,8 +268,7 @@ def check_output(source: Path, output: Path) -> None:
     if output.is_symlink():
         raise InputError(f"{output} is a symbolic link.", "a plain path.", "remove the link, or choose another name.")
     if output.resolve() == source.resolve() or (output.exists() and output.samefile(source)):
-        expected = "another file: quantizing reads while it writes."
-        raise InputError(f"{output} is the source file itself.", expected, "change OUT.gguf.")
+        raise refusal("quantize/is-source", output=output)
     if not output.name.endswith(".gguf"):
         raise InputError(f"the output name {output.name!r}.", "a name that ends with .gguf.", "add .gguf to it.")
     writable(output.parent)

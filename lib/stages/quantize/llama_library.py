@@ -216,8 +216,7 @@ def read_header(path: Path, added: Mapping[str, str | int] | None = None) -> Hea
         size += 8 + len(key.encode()) + 4 + length - found.pairs.get(key, 0)
     end, held = max((t.offset + t.bytes for t in tensors.values()), default=0), path.stat().st_size
     if end > held:
-        what = f"{path} has {held} bytes; its header describes {end}."
-        raise InputError(what, "a complete file.", "copy, download or make it again.")
+        raise refusal("quantize/cut-file", path=path, held=held, end=end)
     return Header(path, found.metadata, tensors, padded(size, found.alignment))
 
 

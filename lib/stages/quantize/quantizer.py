@@ -292,16 +292,13 @@ class Source:
             if not asked or name not in self.tensors:
                 continue
             kind, columns = tensor_type(asked), self.tensors[name].columns
-            if columns % llama_library.block_size(kind):
-                raise refusal(
-                    "quantize/odd-rows", name=name, columns=columns, kind=kind, block=llama_library.block_size(kind)
-                )
+            if columns % (block := llama_library.block_size(kind)):
+                raise refusal("quantize/odd-rows", name=name, columns=columns, kind=kind, block=block)
 
     def _check_effect(self, recipe: str, tensors: Tensors, fallbacks: list[dict[str, Any]]) -> None:
         """Refuse options that would be without effect: llama.cpp passes over them in silence."""
         if self.options.tensor_types and recipe in files.UNQUANTIZED:
-            do = f"leave out {recipe}, or tensor_types."
-            raise InputError(f"tensor_types with {recipe}.", "a quantized type: llama.cpp ignores them for others.", do)
+            raise refusal("quantize/types-of-unquantized", recipe=recipe)
         asked, head = self.options.output_tensor_type, _head(self.tensors)
         if not asked or tensors[head].type == tensor_type(asked) or any(row["tensor"] == head for row in fallbacks):
             return
@@ -343,8 +340,7 @@ def open_source(path: Path | str, options: Options) -> Source:
     path, matrix = Path(path), llama_library.read_imatrix(options.imatrix)
     header = read_header(path, _header_keys(options, matrix))
     if "split.no" in header.values:
-        do = "join the parts first: llama-gguf-split --merge."
-        raise InputError(f"{path} is one part of a split model.", "a model in one file.", do)
+        raise refusal("quantize/split-model", path=path)
     if header.values.get("general.type") == "imatrix":
         raise InputError(f"{path} is an importance matrix.", "a model.", "give it as --imatrix instead.")
     if quantized := sorted({t.type for t in header.tensors.values()} - files.SOURCE_TENSOR_TYPES):

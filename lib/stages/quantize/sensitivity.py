@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError, refusal
+from lib.errors import refusal
 from lib.models.gguf_file import row_order
 from lib.models.loading import load_model, weight_bytes
 from lib.progress import Progress, track
@@ -175,9 +175,7 @@ def _dtype(size: int) -> str:
     free = available_memory()
     if 4.0 * size < free:
         return "float32" if compute_dtype()[0] == "float32" and 5.5 * size < free else "bfloat16"
-    raise refusal(
-        "quantize/no-memory", free=free / 1000000000.0, size=size / 1000000000.0, need=4 * size / 1000000000.0
-    )
+    raise refusal("quantize/no-memory", free=free / 1e9, size=size / 1e9, need=4 * size / 1e9)
 
 
 # In the child process: the gradients.
@@ -248,8 +246,7 @@ def check_same(model: Any, source: Path) -> None:
         found = header.rows(name, step=step).sum(axis=1, dtype=np.float64)
         scale = float(np.abs(sums).max())
         if tensor.rows != len(sums) or not np.allclose(found, sums[::step], rtol=_SAME, atol=_SAME * scale):
-            do = "convert the model again (05, or workbook convert), or name the one that the GGUF was made from."
-            raise InputError(f"{name} in {source.name} has other rows than in the model folder.", "equal rows.", do)
+            raise refusal("quantize/other-model", name=name, source=source)
 
 
 def information(model: Any, windows: list[list[int]], seed: int) -> Information:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import refusal
 from lib.models.gguf_file import check_gguf, run_gguf
 from lib.runs.child import run_child
 from lib.runs.run import ProductDraft, Run
@@ -92,11 +92,8 @@ def require_room(budget: int, least: int) -> None:
         InputError: with that size.
     """
     if budget < least:
-        expected = f"at least {least:,} bytes, the smallest file of the types tried (q8_0 to q2_K, with an importance "
-        expected += "matrix to iq2_xxs)."
         least_mb = f"{math.ceil(least / 1e4) / 100:.2f}"
-        do = f"set size_budget_mb (--size-budget-mb) to {least_mb} or more; in bits per weight likewise more."
-        raise InputError(f"a size budget of {budget / 1e6:.7g} MB.", expected, do)
+        raise refusal("quantize/too-small-budget", budget=budget / 1e6, least=least, least_mb=least_mb)
 
 
 def budget_bytes(source: Path, megabytes: float, bits_per_weight: float = 0.0) -> int:
@@ -107,8 +104,8 @@ def budget_bytes(source: Path, megabytes: float, bits_per_weight: float = 0.0) -
         InputError: a budget that is no size.
     """
     if not (0 <= megabytes <= MOST_MB and 0 <= bits_per_weight <= MOST_BITS and megabytes + bits_per_weight > 0):
-        found = f"a size budget of {f'{megabytes:g} MB' if megabytes else f'{bits_per_weight:g} bits per weight'}."
-        raise InputError(found, f"at most {MOST_MB:g} MB or {MOST_BITS:g} bits per weight.", "correct it.")
+        budget = f"{megabytes:g} MB" if megabytes else f"{bits_per_weight:g} bits per weight"
+        raise refusal("quantize/bad-budget", budget=budget, most_mb=MOST_MB, most_bits=MOST_BITS)
     if megabytes:
         return round(megabytes * 1e6)
     plain = predict_sizes(source, ["Q8_0"])[0]
@@ -340,6 +337,5 @@ def _texts(budget: Budget) -> tuple[calibration.Windows, calibration.AnswerRows 
         return calibration.text_windows(budget.model, budget.text, budget.file, budget.n_ctx, sensitivity.WINDOWS), None
     calibration.require_whole_weights(budget.model)
     if not (budget.data / "train.jsonl").is_file() or not (budget.data / "task.json").is_file():
-        do = "name runs/RUN/data, or give a text by --text."
-        raise InputError(f"no train.jsonl and task.json in {budget.data}.", "the data folder of a run.", do)
+        raise refusal("quantize/no-rows", budget=budget)
     return sensitivity.run_texts(budget.data, budget.n_ctx, sensitivity.most_windows(budget.answer_weight), SEED)

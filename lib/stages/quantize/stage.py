@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.gguf_file import run_gguf
 from lib.runs.child import run_child
 from lib.runs.files import link_or_copy, read_json, remove_abandoned, render, sha256_file, write_json
@@ -237,8 +237,7 @@ def predictions(run: Run, loss: str = TEXT) -> dict[str, float]:
     measured, errors = run.require("sensitivity"), run.require("tensor_errors")
     same = quantized.entry.inputs["sensitivity"] == measured.entry.digest
     if not same or errors.entry.inputs["quantized"] != quantized.entry.digest:
-        found = f"run {run.name!r} holds sensitivities or errors of other files than those in quantized/."
-        raise InputError(found, "products of one run of 06.", "run notebooks/06_quantize.ipynb again.")
+        raise refusal("quantize/other-sensitivities", run=run)
     tensors = read_json(measured.path / "sensitivity.json")["tensors"]
     losses = {(t["tensor"], kind["type"]): kind.get(loss) for t in tensors for kind in t["types"]}
     tried = {t["tensor"] for t in tensors}  # the others are in F16 in every file

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.errors import InputError, refusal
+from lib.errors import refusal
 from lib.models.gguf_file import padded
 from lib.progress import Progress
 from lib.runs.machine import physical_cores
@@ -54,8 +54,7 @@ def possible_types(source: Source) -> dict[str, dict[str, int]]:
         if fitting:
             found[name] = {kind: padded(tensor.as_type(kind).bytes) for kind in fitting}
     if not found:
-        what = f"no tensor of {source.header.path.name} has rows that fill blocks of 32 weights."
-        raise InputError(what, "a model that can be quantized.", "do without a size budget.")
+        raise refusal("quantize/no-blocks", file=source.header.path.name)
     return found
 
 
