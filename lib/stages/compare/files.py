@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.gguf_file import check_gguf
 from lib.models.gguf_tokenizer import tokenizer_from_gguf
 from lib.progress import say
@@ -362,8 +362,7 @@ def _text_quality(text: Mapping[str, Any], reference_ppl: float) -> dict[str, An
 
 def _check(asked: Comparison) -> None:
     if problem := llama_cpp_problem():
-        do = "install llama-cpp-python as the README says; `workbook doctor` tells what it lacks."
-        raise InputError(f"llama.cpp cannot be used here ({problem}).", "llama-cpp-python.", do)
+        raise refusal("runs/no-llama-cpp", problem=problem)
     if not asked.others:
         raise InputError("no file to compare.", "at least one beside the reference.", "name one or more .gguf files.")
     if not asked.rows:

@@ -240,7 +240,7 @@ def survey(
         file_type(name)
     check_gguf(source)
     if problem := llama_cpp_problem():
-        raise refusal("quantize/no-llama-cpp", problem=problem)
+        raise refusal("runs/no-llama-cpp", problem=problem)
     argument = {"source": source, "types": list(types), "options": options or Options()}
     answer = run_child("lib.stages.quantize.quantizer:predict", argument, "predicting sizes")
     return answer["predictions"], answer["source"]
