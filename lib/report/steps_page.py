@@ -191,9 +191,8 @@ def forecast_chart(forecast: Forecast) -> HTML | None:
     for place, (point, at, value) in enumerate(zip(points, x, y, strict=True)):
         mixed = point["type"].startswith("MIX_")
         low, high = point["low"], point["high"]
-        bars = None
-        if low is not None and high is not None:
-            bars = [[value - max(low, 0.01 * value)], [high - value]]  # a log scale has no place for 0
+        # a log scale has no place for 0
+        bars = None if None in (low, high) else [[value - max(low, 0.01 * value)], [high - value]]
         ax.errorbar(at, value, yerr=bars, fmt="D" if mixed else "o", color=GREEN if mixed else BLUE, capsize=3)
         side = (7, -3) if place % 2 else (-7, -3)  # names at alternate sides, or neighbours would overlap
         ends_at = {"ha": "left" if place % 2 else "right", "fontsize": 8}

@@ -239,14 +239,10 @@ class Imatrix:
 
     def header_keys(self) -> dict[str, str | int]:
         """What llama.cpp adds to the header of a file quantized with it, in its order; texts have 127 bytes at most."""
-        keys: dict[str, str | int] = {"file": self.file}
-        if self.dataset is not None:
-            keys["dataset"] = self.dataset
-        keys["entries_count"] = len(self.values)
-        if self.chunks > 0:
-            keys["chunks_count"] = self.chunks
+        keys = {"file": self.file, "dataset": self.dataset}
+        keys |= {"entries_count": len(self.values), "chunks_count": self.chunks if self.chunks > 0 else None}
         cut = {k: v.encode()[:127].decode("utf-8", "ignore") if isinstance(v, str) else v for k, v in keys.items()}
-        return {f"quantize.imatrix.{key}": value for key, value in cut.items()}
+        return {f"quantize.imatrix.{key}": value for key, value in cut.items() if value is not None}
 
 
 def _damaged(path: Path, what: str) -> InputError:
