@@ -206,7 +206,7 @@ def test_layout_falls_back_where_a_state_goes_from_row_to_row(dtype: torch.dtype
     sizes = {"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
     model = tuned("qwen3_5_text", dtype, **kinds, **sizes)
     assert "linear_attention" in choose_layout(model, ROWS, 0)[1]
-    monkeypatch.setattr(finetune_layout, "unpackable", lambda *_: None)
+    monkeypatch.setattr(finetune_layout.batches, "unpackable", lambda *_: None)
     before = model.config._attn_implementation
     collate, words = choose_layout(model, ROWS, 0)
     assert isinstance(collate, Collator) and ("differs" in words or "see one another" in words)
