@@ -42,7 +42,7 @@ class RowOptions:
         from lib.settings import parse_override
 
         keys = ("label_names", "system_prompt", "user_prompt", "max_seq_length")
-        return {key: parse_override(key, value) for key in keys if (value := getattr(self, key)) is not None}
+        return {key: parse_override(key, str(value)) for key in keys if (value := getattr(self, key)) is not None}
 
     @property
     def _columns(self) -> list[str]:
