@@ -105,7 +105,7 @@ def test_a_key_twice_in_one_object_is_refused(text: str, tmp_path: Path) -> None
 
 
 def test_many_indented_objects_are_read_at_once(tmp_path: Path) -> None:
-    """Not in a time that grows with the square of the file: ten times the objects take ten times as long, not a hundred."""
+    """Not in a time that grows with the square of the file: ten times the objects take about ten times as long."""
 
     def seconds(count: int) -> float:
         objects = [json.dumps({"text": "好" * 200, "label": i % 2}, indent=1) for i in range(count)]
