@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lib.errors import InputError, Terminated, as_input_error, in_words, refusal, refusing, sigterm_raises
+from lib.errors import InputError, Terminated, as_input_error, in_words, refusing, sigterm_raises
 from lib.runs.files import data_file, disk_error, json_text, refuse_device
 
 _LONGEST = 1000
@@ -101,7 +101,12 @@ def _code_of(error: BaseException) -> int:
         return FAULT
     if isinstance(error, OSError):  # a full disk and missing rights are the usual ones
         where = f" ({error.filename})" if error.filename else ""
-        error = refusal("cli/no-writing", what=error.strerror or type(error).__name__, where=where)
+        error = InputError(  # in code: a table cannot be read where no file can be opened any more
+            f"{error.strerror or type(error).__name__}{where}.",
+            "a file system that takes the output.",
+            "check the path, its permissions and the free space, then run the command again; finished products are "
+            "kept.",
+        )
     if not isinstance(error, InputError):
         error = disk_error(error) or error  # in a library's own words
     if isinstance(error, MemoryError):

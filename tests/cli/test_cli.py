@@ -160,6 +160,18 @@ def test_every_exception_becomes_a_message_and_a_code(
     assert code != 1 or "WORKBOOK_DEBUG=1" in shown
 
 
+def test_an_error_is_told_where_no_further_file_can_be_opened(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command() -> None:
+        raise OSError(24, "Too many open files", "runs/x")
+
+    monkeypatch.setattr("lib.errors._refusals", lambda room: command())
+    with pytest.raises(typer.Exit) as caught:
+        guarded(command)()
+    assert caught.value.exit_code == 2 and "Too many open files (runs/x)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", ["", "0"])
 def test_debug_off(value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORKBOOK_DEBUG", value)
