@@ -161,9 +161,9 @@ def _llama_quantize(
                 slot.tag, slot.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
     code = llama_cpp.llama_model_quantize(str(source).encode(), str(output).encode(), ctypes.byref(params))
     if code != 0:
-        do = "check the source file and the disk; for IQ types give an importance matrix."
-        found = f"llama.cpp cannot quantize {source} to {recipe}: {log.reason}."
-        raise disk_error(log.reason, output.parent) or InputError(found, "a usable source.", do)
+        raise disk_error(log.reason, output.parent) or refusal(
+            "quantize/llama-cpp-fails", source=source, recipe=recipe, log=log
+        )
 
 
 def _array(struct: Any, entries: Any) -> Any:
