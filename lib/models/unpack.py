@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.errors import InputError, refusal
+from lib.errors import refusal
 from lib.models.gguf_file import TABLES, PackedTensor, head_size, unusable
 from lib.models.gguf_tokenizer import tokenizer_json, write_tokenizer
 from lib.models.unpack_source import Source, ids_beyond, read_source, transformers_config
@@ -223,8 +223,7 @@ def unpack(path: Path | str, folder: Path | str, dtype: str = "auto", off_grid: 
     """
     source = read_source(path)  # outside of what is blamed on the output
     folder = Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} already exists.", "a new or empty folder.", "remove it or choose another name.")
+    files.require_new(folder)
     with files.new_folder(folder) as temporary:
         return unpack_into(source, temporary, dtype, off_grid)
 
@@ -232,7 +231,7 @@ def unpack(path: Path | str, folder: Path | str, dtype: str = "auto", off_grid: 
 def unpack_into(source: Source, folder: Path, dtype: str = "auto", off_grid: bool = False) -> dict[str, Any]:
     """As `unpack`, from a file already checked, into an empty folder that the caller made and will rename."""
     if dtype not in CHOICES:
-        raise InputError(f"dtype {dtype!r}.", f"one of {', '.join(CHOICES)}.", "choose one of them.")
+        raise refusal("models/unknown-dtype", dtype=dtype, known=", ".join(CHOICES))
     if off_grid and source.main_type in PLAIN:
         raise refusal("models/no-grid", source=source)
     scaling = Rescaling(source.config) if off_grid else None

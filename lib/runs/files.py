@@ -238,6 +238,16 @@ def writing(folder: Path) -> Iterator[None]:
         raise refused from None
 
 
+def require_new(folder: Path) -> None:
+    """Refuse an output folder that is there already and not empty, or is a file.
+
+    Raises:
+        InputError: it is.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} already exists.", "a new or empty folder.", "remove it or choose another name.")
+
+
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """A new folder of the same name elsewhere; it becomes `output` when the block succeeds.

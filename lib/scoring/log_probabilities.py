@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
-from lib.errors import InputError, refusal
+from lib.errors import refusal
 from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task
 from lib.runs.files import read_jsonl, sha256_json, write_jsonl
@@ -292,7 +292,7 @@ def score_ids(backend: Backend, rows: RowIds, what: str, keep: Keep | None = Non
         InputError: no rows, ids that the model has not, or log-probabilities of answers that are not numbers.
     """
     if not rows.prompts:
-        raise InputError("no rows to score.", "at least one row.", "check the data and max_eval_rows.")
+        raise refusal("scoring/no-rows")
     asked: dict[str, Any] = {"labels": rows.answers}
     if not rows.answers:
         asked = {"spans": sha256_json([[list(span) for span in row] for row in rows.spans])}

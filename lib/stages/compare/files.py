@@ -366,7 +366,7 @@ def _check(asked: Comparison) -> None:
     if not asked.others:
         raise InputError("no file to compare.", "at least one beside the reference.", "name one or more .gguf files.")
     if not asked.rows:
-        raise InputError("no rows to score.", "at least one row.", "check the data and max_eval_rows.")
+        raise refusal("scoring/no-rows")
     seen: set[Path] = set()
     for path in asked.paths:
         if path is asked.reference or not path.is_dir():

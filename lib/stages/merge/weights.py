@@ -41,7 +41,7 @@ from lib.models.weights import (
 )
 from lib.progress import Progress
 from lib.runs.child import run_jobs
-from lib.runs.files import new_folder, read_json, require_space, write_at, write_json
+from lib.runs.files import new_folder, read_json, require_new, require_space, write_at, write_json
 from lib.stages.merge.adapter import EMBEDDING, RULES, Update, plan_merge, remarks
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def merge_folders(
     started = time.monotonic()
     base, adapter, output = Path(base), Path(adapter), Path(output)
     if dtype not in (None, *DTYPES):
-        raise InputError(f"dtype {dtype!r}.", f"one of {', '.join(DTYPES)}.", "choose one of them.")
+        raise refusal("models/unknown-dtype", dtype=dtype, known=", ".join(DTYPES))
     _check_output(base, adapter, output)
     plan = plan_merge(base, adapter)
     weights, memory = plan.base, _anonymous_memory()
@@ -297,8 +297,7 @@ def _check_output(base: Path, adapter: Path, output: Path) -> None:
             raise InputError(f"no folder {folder}.", f"the {name} folder.", "check the path.")
         if output.resolve() == folder.resolve():
             raise InputError(f"{output} is the {name} folder.", "a new folder.", "choose another output folder.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} already exists.", "a new or empty folder.", "remove it or choose another name.")
+    require_new(output)
 
 
 def _check_rows(tokenizer: Path, weights: Weights) -> None:
