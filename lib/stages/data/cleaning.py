@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task, texts_of
 from lib.prompts.templates import Message
@@ -87,20 +87,15 @@ def find_column(names: Sequence[str], wanted: str, what: str) -> str:
     """
     if wanted:
         if wanted not in names:
-            raise InputError(
-                f"the columns {', '.join(names)}.", f"{what}_column {wanted!r} among them.", f"correct {what}_column."
-            )
+            raise refusal("data/no-such-column", have=", ".join(names), what=what, wanted=wanted)
         return wanted
     by_lower = {name.strip().lower(): name for name in names} | {name: name for name in names if name.islower()}
     known = NAMES[f"{what}_columns"]
     for name in known:
         if name in by_lower:
             return by_lower[name]
-    raise InputError(
-        f"the columns {', '.join(map(repr, names))[:300]}.",
-        f"one with the {what} (e.g. {', '.join(known[:5])}), named in the file's first line.",
-        f"set {what}_column, or add the header line.",
-    )
+    have = ", ".join(map(repr, names))[:300]
+    raise refusal("data/no-known-column", have=have, what=what, known=", ".join(known[:5]))
 
 
 def _same_column(names: Sequence[str], first: Sequence[str], wanted: str, what: str, where: str) -> tuple[str, str]:
@@ -117,11 +112,7 @@ def _same_column(names: Sequence[str], first: Sequence[str], wanted: str, what: 
     if theirs in names:
         return theirs, theirs
     if own in first:
-        raise InputError(
-            f"{where}: no column {theirs!r}, which other splits have as {what} beside {own!r}.",
-            f"the same column of every split as {what}.",
-            f"set {what}_column, or rename the columns.",
-        )
+        raise refusal("data/another-column", where=where, theirs=theirs, what=what, own=own)
     return own, theirs
 
 
@@ -223,14 +214,10 @@ def refuse_labels(unknown: Counter[str], rows: int, label_names: Sequence[str], 
     numbers = [value for value in unknown if value.lstrip("+-").replace(".", "", 1).isdigit()]
     if numbers or total > max(1, rows // 100):
         values = ", ".join(f"{value!r} ({count} rows)" for value, count in unknown.most_common(6))
-        k = len(label_names)
-        by_number = "" if any(folded(name).isdecimal() for name in label_names) else f"0 to {k - 1}, or "
-        raise InputError(
-            f"{where}: labels {values} besides those understood.",
-            f"{k} labels: {by_number}{', '.join(label_names)}.",
-            "name every label in label_names (in the order 0, 1, …), or correct the file, or the list of class names "
-            "beside it.",
-        )
+        k, names = len(label_names), ", ".join(label_names)
+        if not any(folded(name).isdecimal() for name in label_names):
+            names = f"0 to {k - 1}, or {names}"
+        raise refusal("data/labels-not-understood", where=where, values=values, k=k, names=names)
 
 
 def with_options(text: str, options: Mapping[str, str], changed: Counter[str]) -> str:
@@ -328,16 +315,13 @@ def unlabelled(table: Rows, label_column: str) -> bool:
 def require_labels(rows: Sequence[Row], label_names: Sequence[str], split: str) -> None:
     """Refuse a split that cannot teach or test anything: no rows, or a label without any row."""
     if not rows:
-        raise InputError(f"{split}: no usable row.", "rows with a text and a label.", "correct the file.")
+        raise refusal("data/no-usable-row", where=split)
     have = Counter(row.label for row in rows)
     missing = [name for number, name in enumerate(label_names) if number not in have]
     if len(have) == 1 or (missing and split == "train"):
         present = ", ".join(f"{label_names[number]!r} ({count} rows)" for number, count in sorted(have.items()))
-        raise InputError(
-            f"{split}: only the label {present}." if len(have) == 1 else f"{split}: the labels {present}.",
-            f"rows of every label: {', '.join(label_names)}.",
-            "check label_column and label_names, add rows, or raise max_train_rows or max_eval_rows.",
-        )
+        present = f"only the label {present}" if len(have) == 1 else f"the labels {present}"
+        raise refusal("data/labels-without-rows", split=split, present=present, names=", ".join(label_names))
 
 
 class RowsOfTask:
@@ -425,11 +409,7 @@ class LabelledRows(RowsOfTask):
         counts = Counter(row.label for row in rows)
         if min(counts.values(), default=0) < self.fewest:
             shown = ", ".join(f"{name!r}: {counts[label]}" for label, name in enumerate(self.names))
-            raise InputError(
-                f"distinct rows by label {shown}.",
-                f"at least {self.fewest} of each label for a split 8 : 1 : 1.",
-                "add rows, or give a folder with train, validation and test files.",
-            )
+            raise refusal("data/few-of-a-label", shown=shown, fewest=self.fewest)
 
     def shape(self, split: str, rows: Sequence[Row]) -> dict[str, Any]:
         """Rows of each label, one line of a table."""

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar", "，": "full-width comma"}
 """What may stand between the cells of a .csv file. The last one is refused: it stands in texts, too."""
@@ -99,11 +99,7 @@ def _separator(path: Path, first: str, notes: Counter[str]) -> str:
         return ","
     found = next((mark for mark in SEPARATORS if mark in first), ",")
     if found == "，":
-        raise InputError(
-            f"{path} begins with {first[:80]!r}, which has full-width commas between its names.",
-            "commas (,) between cells.",
-            "replace them in the header and between the cells, or export the file again.",
-        )
+        raise refusal("data/full-width-commas", path=path, begin=first[:80])
     if found != ",":
         notes[f"cells separated by a {SEPARATORS[found]}"] += 1
     return found
@@ -122,16 +118,11 @@ def _records(path: Path, text: str, separator: str, quoted: bool, spaced: bool =
             begin = reader.line_num + 1
     except csv.Error as error:
         if "unexpected end of data" in str(error):
-            found = f"{path}, line {begin}: a quotation mark opens here that is never closed."
+            line, mark = begin, "opens here that is never closed"
         else:
-            found = f"{path}, line {reader.line_num}: a quotation mark that neither ends its cell nor is doubled"
-            found += f" (the cell began with one in line {begin})." if begin < reader.line_num else "."
-        raise InputError(
-            found,
-            'cells with a comma, a line end or a quotation mark in marks, and marks inside doubled: "He said ""no"".".',
-            "correct that line; for marks written \\\" read the file with pandas.read_csv(…, escapechar='\\\\') and "
-            "write it again with to_csv(…, index=False).",
-        ) from None
+            line, mark = reader.line_num, "that neither ends its cell nor is doubled"
+            mark += f" (the cell began with one in line {begin})" if begin < line else ""
+        raise refusal("data/quotation-mark", path=path, line=line, mark=mark) from None
     finally:
         csv.field_size_limit(limit)
 
@@ -147,22 +138,15 @@ def _positions(path: Path, header: list[str], rows: Sequence[Record], notes: Cou
     elif surplus == {1} and _numbered(rows):
         header, first = ["", *header], 1
     elif odd := next(((line, len(cells)) for line, cells in rows if len(cells) != count), None):
-        raise InputError(
-            f"{path}, line {odd[0]} has {odd[1]} cell{'' if odd[1] == 1 else 's'}, the header {count}.",
-            "as many cells in every line as names in the header.",
-            "put a text that holds a separator in quotation marks, or correct that line.",
-        )
+        cells = "1 cell" if odd[1] == 1 else f"{odd[1]} cells"
+        raise refusal("data/other-number-of-cells", path=path, line=odd[0], cells=cells, count=count)
     elif count > 1 and not header[-1].strip() and _empty(rows):
         header, last = header[:-1], 1
     elif nameless and _numbered(rows, nameless):
         first = nameless
     names = header[first:]
     if len(set(names)) != len(names) or not names or not all(name.strip() for name in names):
-        raise InputError(
-            f"{path} begins with {', '.join(map(repr, header))[:200]}.",
-            "a first line with one distinct name a column.",
-            "add or correct the header line.",
-        )
+        raise refusal("data/no-header", path=path, begin=", ".join(map(repr, header))[:200])
     if last:
         notes["empty cells at the ends of lines left out"] += len(rows)
     notes["index columns without a name left out"] += first
@@ -205,12 +189,8 @@ def _refuse_swallowed(path: Path, text: str, rows: Sequence[Record], separator: 
             if len(inner) == len(values) and all(inner[i] in values[i] for i in few):
                 alike.append(number)
         if 2 * usual * len(alike) > len(looked_at):
-            raise InputError(
-                f"{path}: the text that begins in line {line} with a quotation mark ends in line {end}, and line "
-                f"{next((n for n in alike if n > line), end)} looks like a record of its own.",
-                "a closing mark at the end of every text that begins with one.",
-                f'close the mark in line {line}, or write a mark that belongs to the text as """.',
-            )
+            other = next((n for n in alike if n > line), end)
+            raise refusal("data/unclosed-text", path=path, line=line, end=end, other=other)
     longest, cells = max(several, key=lambda record: sum(cell.count("\n") for cell in record[1]))
     last = longest + sum(cell.count("\n") for cell in cells)
     notes[f"records over several lines (the longest: lines {longest} to {last})"] += len(several)

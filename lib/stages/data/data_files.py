@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lib.errors import InputError, one_line
+from lib.errors import InputError, refusal, refusing
 from lib.runs.files import once, refuse_device, sha256_file, sha256_json, utf8
 from lib.stages.data.csv_table import read_csv
 from lib.stages.data.json_layouts import other_layout
@@ -78,17 +78,14 @@ def read_file(path: Path, changes: Counter[str]) -> Rows:
     if kind is None:
         raise InputError(f"{path} ends in {path.suffix!r}.", f"one of {', '.join(FORMATS)}.", "convert or rename it.")
     _check_content(path, raw[:4096], kind)
-    try:
+    form = "TSV (a header line, tabs, no quoting)" if kind == "tsv" else kind.upper()
+    kinds = (ValueError, OSError, NotImplementedError, RecursionError)  # those of json, pandas and pyarrow
+    with refusing(kinds, "data/unreadable", path=path, form=form):
         if kind in ("parquet", "xlsx"):
             rows = (_parquet_rows if kind == "parquet" else _sheet_rows)(path, raw, changes)
         else:
             text = _readable(path, raw, kind, changes)
             rows = _json_rows(path, text, changes) if kind == "json" else read_csv(path, text, changes, kind == "tsv")
-    except InputError:
-        raise
-    except (ValueError, OSError, NotImplementedError, RecursionError) as error:  # those of json, pandas and pyarrow
-        expected = f"well-formed {kind.upper()}" + (" (a header line, tabs, no quoting)." if kind == "tsv" else ".")
-        raise InputError(f"{path} cannot be read ({one_line(error)}).", expected, "correct the file.") from None
     if not rows:
         raise InputError(f"{path} holds no rows.", "a file with rows.", "fetch or export it again.")
     return rows
@@ -104,9 +101,7 @@ def _check_content(path: Path, head: bytes, kind: str) -> None:
     if not start:
         raise _empty(path)
     if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
-        raise InputError(
-            f"{path} is a web page, not data.", "the file itself.", "download it again with the site's raw-file link."
-        )
+        raise refusal("data/web-page", path=path)
     zeros = bytes(byte and 1 for byte in head[:4]).hex()  # UTF-16 and UTF-32 without a byte-order mark have some
     for begin, what, do in NAMES["contents"]:
         if (head.hex().startswith(begin) or zeros == begin) and what.split()[0] != kind:
@@ -149,11 +144,7 @@ def _json_rows(path: Path, text: str, changes: Counter[str]) -> Rows:
                 value = json.loads(part, object_pairs_hook=once) if part.strip() else []
                 rows += value if whole or not part.strip() else [value]
             except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{path}, line {number + error.lineno - 1} is not JSON ({error.msg}).",
-                    "a list of objects, or one object a line.",
-                    "correct that line.",
-                ) from None
+                raise refusal("data/not-json", path=path, line=number + error.lineno - 1, error=error) from None
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("not every row is an object")
     if len(rows) > 1 and rows[0].keys().isdisjoint(rows[1]) and any(map(says_classes, rows[0])):
@@ -200,14 +191,8 @@ def _parquet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
 
 def _sheet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
     """The rows of the first sheet that is not hidden: values in place of formulas, names in its first row."""
-    try:
+    with refusing(ModuleNotFoundError, "data/no-openpyxl", path=path):
         import openpyxl
-    except ModuleNotFoundError:
-        raise InputError(
-            f"{path} is an XLSX file, and openpyxl is not installed.",
-            "openpyxl, or a CSV file.",
-            "pip install openpyxl, or save the sheet as CSV UTF-8.",
-        ) from None
     try:
         book = openpyxl.load_workbook(io.BytesIO(raw), data_only=True)
     except Exception as error:  # openpyxl has no error of its own for what is no workbook
@@ -336,11 +321,7 @@ def named_classes(rows: Rows, names: Mapping[str, list[str]], changes: Counter[s
         for row in rows:
             number = re.fullmatch(r"([0-9]{1,6})(\.0+)?", str(alone(row[column])).strip())
             if number and not words:
-                raise InputError(
-                    f"numbers in {column!r}, whose class names stand beside the rows in two orders.",
-                    "one list of names.",
-                    "remove the list (of README.md, dataset_infos.json, labels.txt, …) that is not theirs.",
-                )
+                raise refusal("data/names-in-two-orders", column=column)
             if number and int(number[1]) < len(words):
                 row[column] = words[int(number[1])]
                 changes[f"numbers of {column} read by the names that the file gives them"] += 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task, texts_of
 from lib.prompts.templates import (
@@ -167,18 +167,9 @@ def _check_thinking(messages: Sequence[Message], task: Task, changed: Counter[st
 def _refuse(unknown: Counter[str], counts: Counter[str], rows: int, kept: int, where: str, task: Task) -> None:
     """What is not a slip of single rows stops the run."""
     if kept and counts[_PLAIN] == kept:
-        raise InputError(
-            f"{where}: no answer with reasoning, and thinking: true.",
-            "the setting that says what the answers hold.",
-            "set thinking: false, or add reasoning.",
-        )
+        raise refusal("data/no-reasoning", where=where)
     if thinking := counts.pop("thinking", 0):
-        raise InputError(
-            f"{where}: {thinking} answers with reasoning (in tags, or under a key such as reasoning_content), and "
-            "thinking: false.",
-            "the setting that says what the answers hold.",
-            "set thinking: true, or remove the reasoning.",
-        )
+        raise refusal("data/reasoning", where=where, thinking=thinking)
     if sum(unknown.values()) > max(1, rows // 100):
         names = ", ".join(f"{name!r} ({count} rows)" for name, count in unknown.most_common(6))
         raise InputError(f"{where}: the roles {names}.", f"one of {', '.join(ROLES)}.", "rename them.")
@@ -225,13 +216,8 @@ class Conversations(RowsOfTask):
         if len(groups) < self.fewest:
             [(largest, size)] = groups.most_common(1)
             first = next(row for row in rows if row.group == largest)
-            raise InputError(
-                f"{len(rows)} rows in {len(groups)} groups of conversations that differ; {size} have nearly one "
-                f"opening or text, e.g. {first.text[:60]!r}.",
-                f"at least {self.fewest} groups for a split 8 : 1 : 1.",
-                "add rows that differ, or put what all questions share into system_prompt (Alpaca: into instruction, "
-                "the question into input).",
-            )
+            have = f"{len(rows)} rows in {len(groups)} groups"
+            raise refusal("data/few-groups", have=have, size=size, text=first.text[:60], fewest=self.fewest)
 
     def audit(self, splits: Splits) -> dict[str, list[dict[str, Any]]]:
         """Openings and whole rows are compared; rows alike in either are a group. Tables say what was "compared"."""

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.runs.files import KeyTwiceError, once
 
 Rows = list[dict[str, Any]]
@@ -161,12 +161,7 @@ def _wrapped(path: Path, value: dict[str, Any], beside: dict[str, Any]) -> tuple
         return rows, f"rows under the key {key!r}"
     names = ", ".join(f"{key!r} ({len(part):,})" for key, part in lists.items())
     key = next(iter(lists))
-    raise InputError(
-        f"{path} is one object with lists of objects under {names}.",
-        EXPECTED,
-        f'write each into a file of its own: json.dump(json.load(open("{path.name}"))[{key!r}], '
-        f'open("{key}.json", "w")); files train, validation and test in one folder are splits.',
-    )
+    raise refusal("data/several-lists", path=path, names=names, expected=EXPECTED, key=key)
 
 
 def _turns(lists: Mapping[str, list[Any]]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.runs.files import read_json, utf8
 from lib.settings import folded
 from lib.stages.data.data_files import (
@@ -94,12 +94,7 @@ def meanings(
             and (pairs or label.strip().lower() not in NAMES["label_columns"][:3])
             and (one_each or any(read(value) != read(cell) for value, cell in cells))
         ):
-            raise InputError(
-                f"{where}: the columns {', '.join(map(repr, [label, *used, column]))} contradict one another about the "
-                "labels of rows.",
-                "one column of labels, or numbers with one name each.",
-                "set label_column to the column that is right, and remove names that are wrong.",
-            )
+            raise refusal("data/columns-contradict", where=where, columns=", ".join(map(repr, [label, *used, column])))
     return (meant if any(read(number) != meaning for number, meaning in meant.items()) else {}), used
 
 
@@ -226,11 +221,13 @@ def answer_reader(
     ways = [way for way in (*first, by_text) if reads(way)]
     for options, value in questions:
         if len(meant := {mark for way in ways if (mark := way(options, value))}) > 1:
-            raise InputError(
-                f"{where}: the answer {str(value)[:40]!r} may mean {' or '.join(f'option {m}' for m in sorted(meant))} "
-                f"of a question with the options {', '.join(str(said)[:20] for _, said in options.values())}.",
-                "answers that are letters, or read as numbers, as places and as texts of options are the same ones.",
-                f"give the answers as the letters {', '.join(label_names)}.",
+            raise refusal(
+                "data/answer-of-two-options",
+                where=where,
+                value=str(value)[:40],
+                meant=" or ".join(f"option {m}" for m in sorted(meant)),
+                options=", ".join(str(said)[:20] for _, said in options.values()),
+                letters=", ".join(label_names),
             )
     if ways:
         return ways[0]
@@ -239,11 +236,8 @@ def answer_reader(
         said = by_name(options, value) or by_label(options, value)
         wrong[str(value)] += not is_name(value) and said not in asked_options(options, {})
     if wrong.total() > max(1, (1 - _READ) * len(questions)):
-        raise InputError(
-            f"{where}: answers {', '.join(f'{value!r} ({rows} rows)' for value, rows in (+wrong).most_common(6))}.",
-            f"letters ({', '.join(label_names)}), numbers from 0, or texts of options.",
-            "correct them, or name every option in label_names.",
-        )
+        answers = ", ".join(f"{value!r} ({rows} rows)" for value, rows in (+wrong).most_common(6))
+        raise refusal("data/answers-not-understood", where=where, answers=answers, letters=", ".join(label_names))
     return None
 
 

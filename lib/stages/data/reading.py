@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.hub import fetching, sources
 from lib.hub.sources import SourceError, is_data, looks_like_path
 from lib.models.base_model import called, fallback_note, first_available
@@ -90,12 +90,7 @@ def read_table(source: str, revision: str = "main", label_column: str = "", labe
     elif path.is_dir():
         files, words = _split_folder(path, changes), f"folder {path.name}"
     elif looks_like_path(source) or path.suffix.lower() in FORMATS:
-        raise SourceError(
-            f"dataset: no file or folder {path}.",
-            "a file (csv, tsv, json, jsonl, parquet), a folder with train, validation and test files, or a hub id.",
-            "correct dataset; a relative path is looked for in the current folder, then in the project.",
-            "no file or folder there",
-        )
+        raise refusal("data/no-file", SourceError, path=path)
     else:
         remote = sources.parse(source, revision, "dataset")
         found = fetching.fetch(source, revision, "dataset")
@@ -147,10 +142,8 @@ def _refuse_other_splits(words: str, splits: Mapping[str, Rows], label_column: s
         columns, said = _said_splits(f"{words}, {name}", rows, label_column)
         if other := Counter(split for split in said if (split == "train") != (name == "train")):
             [(split, count)] = other.most_common(1)
-            raise InputError(
-                f"{words}: {count:,} rows among those of {name} that the column {columns[0]} calls rows of {split}.",
-                "files of splits that hold the rows of one split each.",
-                "put every row into the file of its split, or rename a column that says something else.",
+            raise refusal(
+                "data/rows-of-another-split", words=words, count=count, name=name, column=columns[0], split=split
             )
 
 
@@ -199,11 +192,8 @@ def _said_splits(words: str, rows: Rows, label_column: str) -> tuple[list[str], 
     said = [_ALL.intersection(*(means[_value(row[column])] for column, means in left.items())) for row in rows]
     if frozenset() in said:
         row = rows[said.index(frozenset())]
-        raise InputError(
-            f"{words}: a row with {', '.join(f'{column} {row[column]}' for column in left)}.",
-            "columns that say one split of every row.",
-            "correct them, or leave out those that are wrong.",
-        )
+        have = ", ".join(f"{column} {row[column]}" for column in left)
+        raise refusal("data/splits-contradict", words=words, have=have)
     return list(left), [next(name for name in ("train", "test", "validation") if name in splits) for splits in said]
 
 
@@ -228,11 +218,7 @@ def _half_said(words: str, column: str, rows: Rows) -> InputError:
     have = ", ".join(
         f"{value!r} ({count} rows)" for value, count in Counter(_value(r[column]) for r in rows).most_common(6)
     )
-    return InputError(
-        f"{words}: the column {column} says {have}.",
-        "the split of every row (train, validation, test; of is_test 0 and 1), some of them train.",
-        "correct it, or rename a column that says something else.",
-    )
+    return refusal("data/splits-half-said", words=words, column=column, have=have)
 
 
 def _read_files(paths: Sequence[Path], changes: Counter[str]) -> Rows:
@@ -245,11 +231,7 @@ def _read_files(paths: Sequence[Path], changes: Counter[str]) -> Rows:
     for path, rows in zip(paths, parts, strict=True):
         if rows[0].keys() != parts[0][0].keys():
             columns, others = (", ".join(names)[:200] for names in (parts[0][0], rows[0]))
-            raise InputError(
-                f"{paths[0].name} has the columns {columns}; {path.name} has {others}.",
-                "files of one folder that are parts of one table, or splits named train, validation and test.",
-                "set dataset to one of the files, or give all of them the same columns.",
-            )
+            raise refusal("data/other-columns", first=paths[0].name, columns=columns, path=path, others=others)
     return [row for rows in parts for row in rows]
 
 
@@ -257,17 +239,11 @@ def _split_folder(folder: Path, changes: Counter[str]) -> dict[str, list[Path]]:
     """Data files of a folder by split; those of its own folders are not read."""
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         part = "" if (folder / "state.json").is_file() else '["train"]'
-        raise InputError(
-            f"{folder} was written by save_to_disk of datasets (Arrow files and their state).",
-            "files train, validation, test (csv, tsv, json, jsonl or parquet).",
-            f'write each split: datasets.load_from_disk("{folder.name}"){part}.to_parquet("train.parquet").',
-        )
+        raise refusal("data/saved-to-disk", folder=folder, part=part)
     files = data_files(folder)
     if not files:
         have = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise InputError(
-            f"{folder} holds {have}.", "files train, validation, test (csv, tsv, json, jsonl or parquet).", "add them."
-        )
+        raise refusal("data/no-data-files", folder=folder, have=have)
     paths = {path.name: path for path in files}
     found = _by_name(paths)
     if not found and len({path.suffix.lower() for path in files}) == 1:
@@ -298,24 +274,20 @@ def _checked(
 ) -> dict[str, list[Path]]:
     """The paths of every split in order; the parts of each are one table and complete, files of none are counted."""
     if not found.keys() & {"train", "all"}:
-        have = ", ".join(list(paths)[:8])
-        raise InputError(
-            f"{words} holds {have}.", "a file train.csv (tsv, json, jsonl, parquet).", f"rename it, or {_ONE}"
-        )
+        raise refusal("data/no-training-file", words=words, have=", ".join(list(paths)[:8]))
     shards: dict[tuple[str, str], set[str]] = {}
     for name in paths:
         if part := _SHARD.search(name):
             shards.setdefault((_pattern(name), part[2]), set()).add(part[1])
     for split, names in found.items():
         if split != "all" and len(set(map(_pattern, names))) > 1:
-            have = f"{', '.join(names[:4])} for {split}"
-            raise InputError(f"{words} has several tables: {have}.", "one table with its splits.", _ONE)
+            several = f"several tables: {', '.join(names[:4])} for {split}"
+            raise refusal("data/several-tables", words=words, several=several)
         for (pattern, count), have in shards.items():
             if len(have) < int(count) and pattern in map(_pattern, names):
-                raise InputError(
-                    f"{words} has {len(have)} of the {int(count)} parts {pattern}: {', '.join(sorted(have))[:60]}.",
-                    "all parts of a table.",
-                    "fetch the missing parts, or set dataset to one file.",
+                parts = ", ".join(sorted(have))[:60]
+                raise refusal(
+                    "data/missing-parts", words=words, have=len(have), of=int(count), pattern=pattern, parts=parts
                 )
     if unused := list(paths.keys() - {name for names in found.values() for name in names}):
         changes[f"not used: the files {', '.join(sorted(unused)[:8])}"] += len(unused)
@@ -328,8 +300,6 @@ def _stem(name: str) -> str:
 
 
 # Data sets of the hub and of ModelScope: plain files, read like local ones. Scripts are never run.
-
-_ONE = "set dataset to the file or folder that you mean (download what a hub has)."
 
 
 def _split_repository(folder: Path, words: str, changes: Counter[str]) -> dict[str, list[Path]]:
@@ -350,8 +320,8 @@ def _by_card(card: dict[str, Any], names: list[str], words: str) -> dict[str, li
         return None
     chosen = [c for c in configs if c.get("default") or c.get("config_name") == "default"] or configs
     if len(chosen) > 1:
-        have = ", ".join(str(c.get("config_name")) for c in chosen)
-        raise InputError(f"{words} has the configurations {have}.", "one table with its splits.", _ONE)
+        several = f"the configurations {', '.join(str(c.get('config_name')) for c in chosen)}"
+        raise refusal("data/several-tables", words=words, several=several)
     found: dict[str, list[str]] = {}
     for entry in _entries(chosen[0]["data_files"]):
         patterns = entry["path"] if isinstance(entry["path"], list) else [entry["path"]]
@@ -398,11 +368,7 @@ def choose_data(settings: Settings) -> Table:
             names = settings.label_names if settings.task == "classification" else ()
             return read_table(source, revision, settings.label_column, names)
         if len(settings.label_names) != 2:
-            raise InputError(
-                f"label_names with {len(settings.label_names)} names for the sample corpus.",
-                "two: negative, positive.",
-                "give two names, or set dataset to your own data.",
-            )
+            raise refusal("data/sample-names", count=len(settings.label_names))
         return Table(sample.reviews(), f"the embedded sample corpus, grammar version {sample.VERSION}")
 
     entry, table, failures = first_available("dataset", settings, read)

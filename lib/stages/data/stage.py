@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.models.base_model import Base, choose_base, refuse_without_template, resolve_base
 from lib.models.unpack import RECORD as UNPACKED
 from lib.prompts.tasks import Task, read_task, task_of, texts_of
@@ -169,7 +169,7 @@ def rows_from_file(
     columns = (text_column, label_column, label_names)
     rows, counts = clean_split(table.splits[name], str(source), *columns, keep=keep, whole=whole)
     if not rows:
-        raise InputError(f"{source}: no usable row.", "rows with a text and a label.", "correct the file.")
+        raise refusal("data/no-usable-row", where=source)
     groups = near_duplicates.find_duplicates([row.text for row in rows]).groups.tolist()
     for row, group in zip(rows, groups, strict=True):
         row.group = group
@@ -340,15 +340,9 @@ GIVEN = "given: kept as it came, leaked rows flagged"
 def _divide(splits: Splits, kind: Kind, settings: Settings, fold: int) -> tuple[Splits, str, Counter[str]]:
     """The three splits, the rule in words, and rows dropped on the way (`group` is set on all rows)."""
     if settings.split == "given" and "test" not in splits:
-        raise InputError(
-            "split: given, for data without a test split.", "files train and test.", "set split to auto or cluster."
-        )
+        raise refusal("data/given-without-test")
     if settings.folds > 1 and "test" in splits and settings.split != "cluster":
-        raise InputError(
-            f"folds: {settings.folds}, for data with test rows of its own.",
-            "data without a test split, or split: cluster, which divides all rows anew.",
-            "set split to cluster, or folds to 1.",
-        )
+        raise refusal("data/folds-of-given", folds=settings.folds)
     if "test" in splits and settings.split != "cluster":
         if "validation" in splits:
             return splits, GIVEN, Counter()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lib.errors import InputError
+from lib.errors import refusal
 from lib.prompts.templates import ASSISTANT, SYSTEM, TAG, is_blank
 from lib.stages.data.cleaning import DamagedError, text_of
 from lib.stages.data.data_files import NAMES, by_name
@@ -59,12 +59,7 @@ def find_form(columns: Sequence[str], where: str) -> tuple[str, dict[str, str]]:
     for form, needed in FORMS.items():
         if names.keys() >= set(needed):
             return form, names
-    raise InputError(
-        f"{where}: the columns {', '.join(map(repr, columns))[:300]}.",
-        "messages ({role, content}), conversations ({from, value}), dialogue (lines that begin with their speaker), or "
-        "instruction and output.",
-        "rename the columns, or set task: classification for labelled texts.",
-    )
+    raise refusal("data/no-conversations", where=where, columns=", ".join(map(repr, columns))[:300])
 
 
 def turns_of(raw: Mapping[str, Any], form: str, unused: Counter[str]) -> list[Turn]:
