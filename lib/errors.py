@@ -37,12 +37,14 @@ def _refusals(room: str) -> dict[str, dict[str, str]]:
     """The table of a room of `lib`, by the name of its folder."""
     import yaml
 
-    (path,) = Path(__file__).parent.rglob(f"{room}/refusals.yaml")
+    (path,) = (path for path in Path(__file__).parent.rglob("refusals.yaml") if path.parent.name == room)
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def refusal(place: str, kind: type[Refused] = InputError, /, **values: Any) -> Refused:  # type: ignore[assignment]
     """The error whose sentences stand under a name in `refusals.yaml` of a room; "models/no-grid" is that of models.
+
+    "lib" is the room of the files beside this one.
 
     Args:
         kind: the error's class, where it is one of its own.
@@ -72,9 +74,7 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 def not_utf8(error: UnicodeEncodeError) -> InputError:
     """What to do with a file's name, or a text, that is no UTF-8: half a surrogate pair stands for each such byte."""
-    found = f"{error.object[max(0, error.start - 80) : error.end + 80]!r} is not UTF-8."
-    do = "rename the file or its folder, or correct the text; in a terminal without UTF-8 set PYTHONUTF8=1."
-    return InputError(found, "names and texts in UTF-8.", do)
+    return refusal("lib/not-utf8", text=error.object[max(0, error.start - 80) : error.end + 80])
 
 
 class Terminated(SystemExit):

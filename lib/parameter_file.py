@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from lib.errors import InputError, one_line
+from lib.errors import InputError, refusal, refusing
 
 LARGEST = 1 << 20
 """Bytes: a parameter file is a page of text."""
@@ -66,13 +66,8 @@ def parse_value(text: str, key: str, is_text: bool = False) -> Any:
 def refuse_escape(key: str, written: str, where: str) -> None:
     """Refuse a prompt with a backslash and an n, or a t, which would reach the model as two characters."""
     if key.endswith("_prompt") and (cut := _UNESCAPED.search(written)):
-        raise InputError(
-            f"{where}: {key}: {written[max(0, cut.start() - 20) : cut.end() + 20]!r}: a backslash and an "
-            f"{cut[0][1]}, no line end.",
-            "a text in double quotation marks in a parameter file, where \\n ends a line (and \\\\n is the two "
-            "characters), or `|`.",
-            f"write {key}: \"…\\n…\" there; in a shell give $'…\\n…'.",
-        )
+        text = written[max(0, cut.start() - 20) : cut.end() + 20]
+        raise refusal("lib/escape", where=where, key=key, text=text, letter=cut[0][1])
 
 
 class _File:
@@ -84,7 +79,7 @@ class _File:
     def root(self) -> yaml.Node | None:
         """The nodes of the text, after anchors and depth were looked at: composing them may never end."""
         depth = 0
-        try:
+        with refusing(yaml.YAMLError, "lib/no-yaml", where=self.where):
             for event in yaml.parse(self.text, Loader=yaml.SafeLoader):
                 if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                     self.refuse(event, f"the anchor or alias {event.anchor!r}", "each value written out.", "write it.")
@@ -94,10 +89,6 @@ class _File:
                 if depth > DEEPEST:
                     self.refuse(event, "values deep inside each other", "lines `key: value`.", "see params/quick.yaml.")
             return yaml.compose(self.text, Loader=yaml.SafeLoader)
-        except yaml.YAMLError as error:
-            raise InputError(
-                f"{self.where} is not YAML ({one_line(error)}).", "flat YAML.", "correct that line."
-            ) from None
 
     def value(self, node: yaml.Node | None, texts: Collection[str] = (), key: str = "") -> Any:
         """What a node means."""
@@ -116,11 +107,8 @@ class _File:
             line = name.start_mark.line + 1
             self._refuse_unseen(name, name.start_mark.index - 1)
             if name.value in found:
-                self.refuse(
-                    name,
-                    f"{name.value} twice (lines {lines[name.value]} and {line})",
-                    "every key once: the last would win silently.",
-                    "delete one of the two lines.",
+                raise refusal(
+                    "lib/key-twice", line=self._line(name), key=name.value, first=lines[name.value], second=line
                 )
             found[name.value], lines[name.value] = self.value(value, texts, name.value), line
         return found
@@ -130,20 +118,16 @@ class _File:
         kind, written = node.tag.removeprefix(_TAG), self._whole(node)
         self._refuse_unseen(node, node.start_mark.index)
         if node.style in (None, "'"):
-            refuse_escape(key, written, f"{self.where}, line {node.start_mark.line + 1}")
+            refuse_escape(key, written, self._line(node))
         if node.style is not None or kind == "str":
             self._refuse_cut(node, written)
             return _number(written) if node.style is None and not is_text and _FLOAT.fullmatch(written) else written
         if is_text:
+            looks = f"a number of {len(written):,} digits" if len(written) > 4 * MOST_DIGITS else ""
             if kind in _WORDS_OF_YAML and written:
-                means = _WORDS_OF_YAML[kind]
-                self.refuse(
-                    node, f"{key}: {written}, which YAML reads as {means}", "a text.", "put it in quotation marks."
-                )
-            if len(written) > 4 * MOST_DIGITS:
-                self.refuse(
-                    node, f"{key}: a number of {len(written):,} digits", "a text.", "put it in quotation marks."
-                )
+                looks = f"{written}, which YAML reads as {_WORDS_OF_YAML[kind]}"
+            if looks:
+                self.refuse(node, f"{key}: {looks}", "a text.", "put it in quotation marks.")
             return written
         if kind == "int":
             return self._whole_number(node, key, written)
@@ -173,27 +157,25 @@ class _File:
         """Refuse an unquoted text that a # cuts off: `判断 #情感`. A comment has a space behind its #."""
         rest = self.lines[node.end_mark.line][node.end_mark.column :] if node.style is None and self.lines else ""
         if cut := re.match(r"\s+(#\S.*)", rest):
-            self.refuse(
-                node,
-                f"{written[:60]!r} and, behind it, {cut[1][:60]!r}, which YAML takes for a comment",
-                "a text in quotation marks where it holds a #, or a comment that begins with `# `.",
-                "put the whole text in quotation marks.",
-            )
+            raise refusal("lib/cut-text", line=self._line(node), text=written[:60], comment=cut[1][:60])
 
     def _whole_number(self, node: yaml.ScalarNode, key: str, written: str) -> int:
         if not _DECIMAL.fullmatch(written) or len(written) > MOST_DIGITS:
             shown = written if len(written) <= 40 else f"{written[:40]}… ({len(written):,} characters)"
             if _DECIMAL.fullmatch(written) or len(written) > 40:
-                self.refuse(
-                    node, f"{key}: {shown}, no number of a parameter", f"at most {MOST_DIGITS} digits.", "shorten it."
-                )
-            means = f"which YAML reads as {_meaning(written)}"
-            self.refuse(node, f"{key}: {shown}, {means}", "a decimal number without leading zeros.", "write it so.")
+                found = f"{key}: {shown}, no number of a parameter"
+                self.refuse(node, found, f"at most {MOST_DIGITS} digits.", "shorten it.")
+            found = f"{key}: {shown}, which YAML reads as {_meaning(written)}"
+            self.refuse(node, found, "a decimal number without leading zeros.", "write it so.")
         return int(written.replace("_", ""))
+
+    def _line(self, place: yaml.Node | yaml.Event) -> str:
+        """Where a node begins, in words."""
+        return f"{self.where}, line {place.start_mark.line + 1}"
 
     def refuse(self, place: yaml.Node | yaml.Event, found: str, expected: str, do: str) -> NoReturn:
         """Raise with the line of a node."""
-        raise InputError(f"{self.where}, line {place.start_mark.line + 1}: {found}.", expected, do)
+        raise InputError(f"{self._line(place)}: {found}.", expected, do)
 
 
 def _number(written: str) -> float:

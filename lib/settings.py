@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from lib import parameter_file
-from lib.errors import InputError
+from lib.errors import InputError, refusal, refusing
 
 # Names of the formats that a model can be stored in. No library is needed to know them.
 
@@ -261,11 +261,7 @@ def _sentence(place: str, error: dict[str, Any]) -> InputError:
             if not math.isfinite(number):
                 raise ValueError(value)
             plain = format(number, ".12g") if error["type"] == "int_type" else _yaml_value(number)
-            return InputError(
-                f"{key}: {value!r} {place} is text for YAML.",
-                "a number (YAML reads an exponent only behind a dot).",
-                f"write {key}: {plain}",
-            )
+            return refusal("lib/number-as-text", key=key, value=value, place=place, plain=plain)
     do = f"correct {key} ({Settings.model_fields[key].description})."
     return InputError(f"{key}: {value!r} {place}.", f"{message[0].lower()}{message[1:]}.", do)
 
@@ -290,9 +286,7 @@ def check(values: dict[str, Any], where: str, replaced: Collection[str] = (), co
             problem = InputError(problem.found, problem.expected, f"{problem.do} ({len(others)} more after this one.)")
         raise problem from None
     except TypeError:
-        raise InputError(
-            f"a key that is not text in {where}.", "text keys.", "write each key as `name: value`."
-        ) from None
+        raise refusal("lib/key-no-text", where=where) from None
 
 
 def load(path: Path | str, overrides: dict[str, Any] | None = None) -> Settings:
@@ -310,10 +304,8 @@ def load(path: Path | str, overrides: dict[str, Any] | None = None) -> Settings:
         near = sorted(p.as_posix() for p in Path("params").glob("*.yaml"))
         known = ", ".join(near) if near else "params/quick.yaml of a clone"
         raise InputError(f"no file {path}.", "a parameter file (flat YAML).", f"use one of: {known}.")
-    try:
+    with refusing(UnicodeDecodeError, "lib/file-no-text", path=path):
         text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no text ({error}).", "flat YAML in UTF-8.", "save it again as UTF-8.") from None
     values = parameter_file.parse(text, str(path), _texts())
     return check({**values, **(overrides or {})}, str(path), overrides or ())
 
