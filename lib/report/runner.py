@@ -187,11 +187,7 @@ def refuse_quantized(settings: Settings) -> None:
         InputError: it is quantized already.
     """
     if settings.outtype == "q8_0":
-        raise InputError(
-            "outtype q8_0, from which 06 cannot quantize: the file is quantized.",
-            "outtype f16, bf16 or f32.",
-            "set outtype: f16, or stop the report before 06 (--to 05).",
-        )
+        raise refusal("report/quantized-outtype")
 
 
 def _refuse_other_settings(run: Run, settings: Settings, first: str) -> None:
