@@ -117,9 +117,9 @@ def test_profile_from_01_to_06(profile: str, home: Path, tmp_path: Path, shared_
     if chosen.load_in_4bit and (problem := bitsandbytes_problem()):
         pytest.skip(problem)
     run = open_run(chosen.run_name)
-    data_stage.prepare(chosen, run)
+    used = data_stage.prepare(chosen, run).rows("train")  # a first exchange over max_seq_length is left out
     adapter = finetune_stage.finetune(chosen, run)
-    assert adapter.train_rows == 12
+    assert adapter.train_rows == len(used) >= 10
     evaluate_stage.evaluate(chosen, run)
     merged = merge_stage.merge(chosen, run)
     assert (merged.nf4 is not None) is chosen.load_in_4bit
