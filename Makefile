@@ -54,10 +54,10 @@ doctor: $(ready) ## what this machine can run; every lack with its cure
 params: $(ready) ## every key of a parameter file with its meaning
 	@$(python) -m lib.cli params
 
+BENCHMARKS := convert evaluation_gguf evaluation_transformers merge merge_gguf quantize training
 bench: $(ready) ## ours beside the peers; writes reports/benchmarks/ (RUNS=5; a network, once)
-	@for script in benchmarks/*.py; do \
-	  grep -q '^if __name__' $$script && grep -q -- '--json OUT.json' $$script || continue; \
-	  $(python) $$script --json reports/benchmarks/$$(basename $$script .py).json --runs $(RUNS) || exit 1; \
+	@for name in $(BENCHMARKS); do \
+	  $(python) benchmarks/$$name.py --json reports/benchmarks/$$name.json --runs $(RUNS) || exit 1; \
 	done
 
 screenshots: $(ready) ## pictures of a finished report for the README (RUN=quick; needs Chromium)
