@@ -342,9 +342,8 @@ def unpair_rows(values: np.ndarray, heads: int) -> np.ndarray:
 
 
 def rope_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Rope parameters of the full-attention layers, in the layout of transformers 5."""
+    """Rope parameters, in the layout of transformers 5."""
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})  # transformers' order
-    rope = dict(rope.get("full_attention", rope))
     if "rope_theta" not in rope and config.get("rope_theta") is not None:
         rope["rope_theta"] = config["rope_theta"]
     rope.setdefault("rope_type", rope.get("type"))

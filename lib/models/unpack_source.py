@@ -172,7 +172,10 @@ def _scaling(keys: Keys, config: dict[str, Any], factors: np.ndarray | None) -> 
     scaling: dict[str, Any] = {"rope_type": kind, "factor": keys.real("rope.scaling.factor")}
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = keys.whole("rope.scaling.original_context_length")
-        for name in ("beta_fast", "beta_slow"):
+        for name in (
+            "beta_fast",
+            "beta_slow",
+        ):  # what llama.cpp computes with, whatever a file says (architectures.yaml)
             if keys.get(f"rope.scaling.yarn_{name}") is not None:
                 scaling[name] = keys.real(f"rope.scaling.yarn_{name}")
     return scaling

@@ -190,6 +190,7 @@ REFUSED = {
     "YaRN's attention factor": ({"more": {"qwen2.rope.scaling.yarn_attn_factor": 1.5}}, "yarn_attn_factor 1.5"),
     "a context that no folder may have": ({"more": {"qwen2.context_length": 2**31}}, "max_position_embeddings is 2147"),
     "layers that guess": ({"more": {"qwen2.nextn_predict_layers": 1}}, "nextn_predict_layers 1"),
+    "other bounds of YaRN": ({"more": {"qwen2.rope.scaling.yarn_beta_fast": 8.0}}, "yarn_beta_fast 8.0"),
     "part of YaRN": ({"more": {"qwen2.rope.scaling.yarn_ext_factor": 0.5}}, "yarn_ext_factor 0.5"),
     "an embedding without dimensions": (
         {"tensors": lambda a: a.update({"token_embd.weight": np.float32(1).reshape(())})},

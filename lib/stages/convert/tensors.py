@@ -47,6 +47,7 @@ def read_convertible(folder: Path) -> dict[str, Any]:
             does not know.
     """
     stored = read_configuration(folder)
+    _refuse_nested_rope(folder, stored)
     config = _plain_config(stored) or _full_config(folder)
     by_type = {name: kind for kind, name in gguf_file.ARCHITECTURES.items()}
     own = by_type.get(config["model_type"], config["model_type"])
@@ -60,6 +61,14 @@ def read_convertible(folder: Path) -> dict[str, Any]:
         raise refusal("convert/class-and-type", folder=folder, kind=kind, found=found, wanted=wanted)
     _refuse_special(folder, config)
     return config
+
+
+def _refuse_nested_rope(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse rope parameters by kinds of layers, as models of other families have them: of these three transformers
+    reads none of them, or does not load the model."""
+    for key in ("rope_scaling", "rope_parameters") if config.get("model_type") in gguf_file.ROPE_TYPES else ():
+        if nested := [name for name, value in (config.get(key) or {}).items() if isinstance(value, (dict, list))]:
+            raise refusal("convert/nested-rope", folder=folder, key=key, name=nested[0], kind=config["model_type"])
 
 
 _NULLABLE = ("rope_scaling", "rope_parameters", "sliding_window", "layer_types", "head_dim", "bos_token_id")
@@ -91,12 +100,16 @@ def _full_config(folder: Path) -> dict[str, Any]:
 
 def _not_computed(config: dict[str, Any]) -> str | None:
     """What of a model llama.cpp would leave out without a word."""
-    found = {**gguf_file.rope_of(config), **config}
     for key, values in gguf_file.TABLES["computed"].items():
-        if found.get(key) not in values:
-            return f"{key} {found[key]!r}"
+        for found in (config, gguf_file.rope_of(config)):
+            if found.get(key) not in values:
+                return f"{key} {found[key]!r}"
     if config["model_type"] == "qwen3" and config.get("attention_bias"):
         return "attention_bias True"  # llama.cpp reads those of query, key and value alone
+    if config["model_type"] == "qwen2" and gguf_file.head_size(config) * config["num_attention_heads"] != (
+        hidden := config["hidden_size"]
+    ):  # llama.cpp's qwen2 has square queries
+        return f"head_dim {config['head_dim']} (its heads are not hidden_size {hidden} together)"
     layers = config.get("layer_types") or []
     slides = config.get("use_sliding_window") and (config.get("max_window_layers") or 0) < config["num_hidden_layers"]
     odd = sorted({"sliding_attention"} if slides else set(layers) - {"full_attention"})
