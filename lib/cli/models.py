@@ -42,16 +42,15 @@ def examine(path: Path) -> dict[str, Any]:
 
 
 def _ask_convert(folder: Path, report: dict[str, Any]) -> None:
-    from lib.models.weights import open_weights
-    from lib.stages.convert.convert import Conversion
+    from lib.stages.convert.convert import plan_conversion
 
-    report["notes"] += Conversion(folder, open_weights(folder), folder / "inspected.gguf", "f16").tokenizer["unsaid"]
+    report["notes"] += plan_conversion(folder).tokenizer["unsaid"]
 
 
 def _ask_merge(folder: Path, report: dict[str, Any]) -> None:
     """Against the base, where that lies on this disk."""
     from lib.models.adapters import read_adapter
-    from lib.stages.merge.adapter import plan_merge, refuse_unsupported, remarks
+    from lib.models.merge_plan import plan_merge, refuse_unsupported, remarks
 
     adapter = read_adapter(folder)
     adapter.require_finite()

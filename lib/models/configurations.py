@@ -38,11 +38,19 @@ def _exact(value: Any) -> Any:
     return value
 
 
+def _whole(value: Any) -> Any:
+    """As `_exact`, where 2.0 is 2: what samplers take."""
+    return int(value) if isinstance(value, float) and value.is_integer() else _exact(value)
+
+
 Size = Annotated[int, BeforeValidator(_exact), Field(ge=1, le=MOST)]
 Layers = Annotated[int, BeforeValidator(_exact), Field(ge=1, le=MOST_LAYERS)]
 Positive = Annotated[float, BeforeValidator(_exact), Field(gt=0, le=1e30, allow_inf_nan=False)]
 Scale = Annotated[float, BeforeValidator(_exact), Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
+
+Whole = Annotated[int, BeforeValidator(_whole), Field(ge=-MOST, le=MOST)]
+Real = Annotated[float, BeforeValidator(_exact), Field(ge=-3.4e38, le=3.4e38, allow_inf_nan=False)]
 
 Id = Annotated[int, BeforeValidator(_exact), Field(ge=-1, le=MOST)]
 """Of a token; -1 is none."""
@@ -105,6 +113,29 @@ AdapterConfiguration = _schema(
     lora_alpha=(Scale, 8),
 )
 """Keys of adapter_config.json that a LoRA adapter is merged or loaded by."""
+
+
+GenerationConfiguration = _schema(
+    "GenerationConfiguration",
+    {
+        str: "sequence",
+        Whole: "top_k penalty_last_n mirostat",
+        Real: "top_p min_p xtc_probability xtc_threshold temperature penalty_repeat repetition_penalty mirostat_tau "
+        "mirostat_eta",
+    },
+)
+"""Keys of generation_config.json that GGUF has words for: llama.cpp's names, and transformers' repetition_penalty."""
+
+
+def read_sampling(folder: Path) -> dict[str, Any]:
+    """The values of generation_config.json that GGUF has words for; empty where the folder has no such file.
+
+    Raises:
+        InputError: a damaged file; or a value that is no number of its kind, or none that 32 bits hold.
+    """
+    path = folder / "generation_config.json"
+    found = _checked(GenerationConfiguration, path, read_object(path)) if path.is_file() else None
+    return found.model_dump(include={*GenerationConfiguration.model_fields}, exclude_none=True) if found else {}
 
 
 def read_configuration(folder: Path, what: str = "a model folder") -> dict[str, Any]:

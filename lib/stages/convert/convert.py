@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,9 +22,11 @@ from typing import Any
 
 import gguf
 import numpy as np
+import yaml
 from gguf.gguf_writer import WriterState
 
 from lib.errors import InputError, refusal, refusing
+from lib.models.configurations import read_sampling
 from lib.models.gguf_file import data_end, padded, read_metadata, read_tensors
 from lib.models.weights import Weights, open_weights, read_object
 from lib.progress import Progress
@@ -82,7 +86,9 @@ def open_with_llama_cpp(argument: dict[str, Any]) -> dict[str, Any]:
     small = llama_cpp.llama_context_default_params()
     small.n_ctx = small.n_batch = small.n_ubatch = 64
     if not model or not llama_cpp.llama_init_from_model(model, small):  # a context builds the graph, and may abort
-        raise refusal("convert/llama-cpp-refuses", path=argument["path"], why=last_error() or "no reason given")
+        raise refusal(
+            "convert/llama-cpp-refuses", path=Path(argument["path"]).name, why=last_error() or "no reason given"
+        )
     return {}
 
 
@@ -172,6 +178,16 @@ class Conversion:
                 yield file
             self.loaded = read.result()
 
+    def ask_llama_cpp(self) -> str:
+        """What llama.cpp says of the file before there is any: of its header, in front of a hole.
+
+        Raises:
+            InputError: it refuses such a model.
+        """
+        with tempfile.TemporaryDirectory(prefix="workbook-header-") as name:
+            GgufFile(Path(name) / self.output.name, self.header, self.plan).close()
+            return load_check(Path(name) / self.output.name)
+
     def _read_back(self, path: Path) -> str:
         """Check the header, and ask llama.cpp for its opinion of it."""
         verify(path, {tensor.name: tensor.type.name for tensor in self.plan})
@@ -217,6 +233,17 @@ class Conversion:
         return stream.getvalue(), tokenizer
 
 
+def plan_conversion(folder: Path) -> Conversion:
+    """What converting a model folder would be, asked of llama.cpp too; nothing is written, and no weight is read.
+
+    Raises:
+        InputError: what `convert` refuses before it reads weights.
+    """
+    conversion = Conversion(folder, open_weights(folder), Path("model.gguf"), "f16")
+    conversion.ask_llama_cpp()
+    return conversion
+
+
 def check_output(output: Path, weights: Weights, outtype: str) -> None:
     """Refuse an unknown type, and an output that is no .gguf file, a folder, or one of the inputs."""
     if outtype not in OUTTYPES:
@@ -231,18 +258,52 @@ def check_output(output: Path, weights: Weights, outtype: str) -> None:
 
 def _write_metadata(writer: gguf.GGUFWriter, folder: Path, name: str | None) -> None:
     """general.*: from the folder's name, the model card's front matter and generation_config.json."""
-    counts = writer.get_total_parameter_count()
+    counts, sampling = writer.get_total_parameter_count(), read_sampling(folder)
     with refusing(Exception, "convert/bad-card", folder=folder):  # yaml's errors derive from Exception
-        metadata = gguf.Metadata.load(None, folder, name, counts[0])
-    generation = folder / "generation_config.json"
-    if generation.is_file() and metadata.sampling_penalty_repeat is None:
-        # the gguf package of PyPI looks only for llama.cpp's name of this key
-        metadata.sampling_penalty_repeat = read_object(generation).get("repetition_penalty")
-    if metadata.name is None:
-        metadata.name = folder.name
+        card, config = _read_card(folder / "README.md"), read_object(folder / "config.json")
+        metadata = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, config, folder, counts[0])
+    if (penalty := sampling.pop("repetition_penalty", None)) is not None:
+        sampling.setdefault("penalty_repeat", penalty)  # llama.cpp's name of it
+    for key, value in sampling.items():
+        setattr(metadata, f"sampling_{'temp' if key == 'temperature' else key}", value)
+    metadata.name = name or metadata.name or folder.name
     if metadata.size_label is None and counts[0] > 0:
         metadata.size_label = gguf.size_label(*counts)
     metadata.set_gguf_meta_model(writer)
+
+
+class _Texts(yaml.SafeLoader):
+    """Every scalar as it is written: 2.10 is no number, no (Norwegian) is not false, and only null is nothing."""
+
+
+_Texts.yaml_implicit_resolvers = {
+    letter: [found for found in resolvers if found[0].rpartition(":")[2] in ("null", "merge")]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_OF_MODELS = ("base_model", "dataset")
+"""Beginnings of the keys whose values may have keys of their own."""
+_SEVERAL = (*_OF_MODELS, "tags", "pipeline_tag", "language", "license")
+"""Beginnings of the keys that may have several values; those of others are joined."""
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    """The front matter of a model card in texts alone, as GGUF has them; what is no text is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    front = itertools.takewhile(lambda line: line != "---", lines[1:]) if lines[:1] == ["---"] else ()
+    written = yaml.load("\n".join(front).replace("\t", "  "), _Texts)
+    card: dict[str, Any] = {}
+    for key, value in written.items() if isinstance(written, dict) else ():
+        parts = [
+            {name: text for name, text in part.items() if isinstance(text, str)} if isinstance(part, dict) else part
+            for part in (value if isinstance(value, list) else [value])
+            if isinstance(part, str) or (isinstance(part, dict) and str(key).startswith(_OF_MODELS))
+        ]
+        if value is None:
+            card[str(key)] = None
+        elif parts:
+            several = isinstance(value, list) and str(key).startswith(_SEVERAL)
+            card[str(key)] = parts if several or isinstance(parts[0], dict) else ", ".join(parts)
+    return card
 
 
 def load_check(path: Path) -> str:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.errors import InputError
+from lib.models import gguf_file
 from lib.models.gguf_file import rope_factors
 from lib.models.weights import StoredTensor, open_weights
 from lib.stages.convert import convert as convert_convert
@@ -291,6 +292,9 @@ def refused(folder: Path, tmp_path: Path, match: str, outtype: str = "f16") -> N
         ),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1234.0}}}, "under 'full_attention', and a qwen2 model"),
+        ({"rope_scaling": {"sliding_attention": {"rope_type": "default"}}}, "under 'sliding_attention'"),
+        ({"head_dim": 32}, "head_dim 32"),
         ({"num_hidden_layers": 3}, "says 3 layers, the weights have 2"),
         ({"num_hidden_layers": 1}, "says 1 layers, the weights have 2"),
         ({"tie_word_embeddings": False}, r"lacks 1 tensors .*lm_head.weight"),
@@ -409,6 +413,42 @@ def test_missing_or_damaged_json(file: str, content: bytes | None, copy: Path, t
     else:
         (copy / file).write_bytes(content)
     refused(copy, tmp_path, file)
+
+
+def test_texts_of_a_model_card_are_as_they_are_written(copy: Path, tmp_path: Path, no_load: None) -> None:
+    front = "version: 2.10\nlicense: 2024-01-01\nauthor: [a, 2]\nfinetune: {a: b}\nlanguage: [no, on]\ntags: [1]\n"
+    front += "base_model: [{name: 7, author: {a: b}}, org/Model-1B]\ndescription:\nmodel_name: 2024\n"
+    (copy / "README.md").write_text(f"---\n{front}---\n# x\n")
+    convert(copy, tmp_path / "x.gguf")
+    said = gguf_file.read_metadata(tmp_path / "x.gguf")
+    found = {key.removeprefix("general."): value for key, value in said.items() if key.startswith("general.")}
+    wanted = {"version": "2.10", "license": "2024-01-01", "author": "a, 2", "languages": ["no", "on"], "tags": ["1"]}
+    wanted |= {"name": "2024", "base_model.count": 2, "base_model.0.name": "7", "base_model.1.name": "Model 1B"}
+    assert {key: found.get(key) for key in wanted} == wanted
+    assert not {"finetune", "description", "base_model.0.author"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"temperature": "0.7"}, "temperature is '0.7'"),
+        ({"top_k": 2**31}, "top_k is 2147483648"),
+        ({"top_k": True}, "top_k is True"),
+        ({"top_p": 1e300}, r"top_p is 1e\+300"),
+        ({"repetition_penalty": [1]}, r"repetition_penalty is \[1\]"),
+        ({"sequence": 3}, "sequence is 3"),
+        ({"top_k": 50.0, "temperature": 1, "repetition_penalty": 1.5, "do_sample": True}, None),
+    ],
+)
+def test_sampling_of_another_kind(values: dict, match: str | None, copy: Path, tmp_path: Path, no_load: None) -> None:
+    (copy / "generation_config.json").write_text(json.dumps(values))
+    if match:
+        refused(copy, tmp_path, f"generation_config.json: {match}")
+        return
+    convert(copy, tmp_path / "x.gguf")
+    said = gguf_file.read_metadata(tmp_path / "x.gguf")
+    found = [said[f"general.sampling.{key}"] for key in ("top_k", "temp", "penalty_repeat")]
+    assert found == [50, 1.0, 1.5] and type(found[0]) is int
 
 
 def test_damaged_model_card(copy: Path, tmp_path: Path) -> None:
