@@ -83,13 +83,15 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
         InputError: the first of them.
     """
     from lib.hub.sources import looks_like_path
-    from lib.models.adapters import check_fit
+    from lib.models.adapters import read_adapter
     from lib.models.base_model import check_base_folder, resolve_adapter
     from lib.models.gguf_tokenizer import tokenizer_from_gguf
     from lib.models.loading import load_tokenizer
+    from lib.models.merge_plan import check_fit, refuse_unsupported
     from lib.report.data_page import detectable
     from lib.scoring.metric import rows_of_folds
     from lib.settings import OFFLINE_BASE, SAMPLE_DATASET
+    from lib.stages.convert.convert import plan_conversion
     from lib.stages.data.data_files import FORMATS
     from lib.stages.data.reading import choose_data
     from lib.stages.data.stage import divide, measure, put_tokenizer
@@ -112,6 +114,7 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
     if own and (model is None or any(base.glob("*.safetensors"))):
         check_base_folder(base)
         tokenizer = load_tokenizer(base)
+        plan_conversion(base)
     elif here(source, OFFLINE_BASE) and base.suffix.lower() == ".gguf":
         tokenizer = tokenizer_from_gguf(base)
     elif source == OFFLINE_BASE and folds:
@@ -124,6 +127,8 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
         adapter = resolve_adapter(settings.adapter).path
         if own:
             check_fit(adapter, base)
+        else:
+            refuse_unsupported(read_adapter(adapter))
     return rows, unused
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from lib.errors import InputError, refusal
 from lib.models.configurations import HEADS, read_adapter_configuration, refuse_other_task
-from lib.models.weights import StoredTensor, Weights, infinite, largest_magnitude, open_weights, read_file, read_object
+from lib.models.weights import StoredTensor, infinite, largest_magnitude, read_file, read_object
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -308,42 +308,3 @@ def shape_of(adapter: Adapter) -> AdapterShape:
         dtype=Counter(tensor.dtype for tensor in tensors).most_common(1)[0][0],
         base=str(config.get("base_model_name_or_path") or ""),
     )
-
-
-def check_fit(folder: Path, base: Path) -> AdapterShape:
-    """The adapter's shape, provided that every tensor has its place in the base model and is finite.
-
-    Raises:
-        InputError: a module that the base does not have, a wrong shape, half a pair, NaN or infinity.
-    """
-    adapter, weights = read_adapter(folder), open_weights(base)
-    shape = shape_of(adapter)
-    if problem := _misfit(adapter, weights):
-        named = shape.base or "the one it was trained on"
-        raise refusal("models/adapter-of-other-base", folder=folder, base=base, problem=problem, named=named)
-    adapter.require_finite()
-    return shape
-
-
-def _misfit(adapter: Adapter, base: Weights) -> str | None:
-    """The first tensor without a place in the base, in words."""
-    for module, pair in adapter.pairs.items():
-        weight = base.tensors.get(f"{module}.weight")
-        if weight is None or len(weight.shape) != 2:
-            return f"it changes {module}, which the base does not have"
-        if pair.lacks:
-            return f"{module} lacks {pair.lacks}"
-        a, b = pair.shapes
-        if (a, b) != pair.shapes_for(weight.shape, a[0] if a else 0):
-            return f"{module}: A {a} and B {b} for a weight {weight.shape}"
-    embedding = base.tensors.get("model.embed_tokens.weight")
-    for module, rows in adapter.tokens.items():
-        if embedding is None or len(rows.shape) != 2 or rows.shape[1:] != embedding.shape[1:]:
-            return f"trained tokens of {module} {rows.shape} have no place there"
-    for name, tensor in adapter.whole.items():
-        place = base.tensors.get(name.replace(".base_layer.", "."))
-        if place is None and name == "lm_head.weight":  # a tied base stores the one matrix under its other name
-            place = embedding
-        if place is None or place.shape != tensor.shape:
-            return f"{name} {tensor.shape} has no place there"
-    return None

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lib.errors import refusal
-from lib.models.adapters import PREFIX, Adapter, LowRank, read_adapter
+from lib.errors import InputError, refusal
+from lib.models.adapters import PREFIX, Adapter, AdapterShape, LowRank, read_adapter, shape_of
 from lib.models.configurations import check_language_model, read_configuration
 from lib.models.weights import StoredTensor, Weights, largest_magnitude
 from lib.runs.files import data_file
 
-_TABLES = data_file("stages/merge/adapter.yaml")
+_TABLES = data_file("models/merge_plan.yaml")
 RULES: list[str] = _TABLES["rules"]
 """What is checked before and during a merge; each violation refuses it."""
 
@@ -76,7 +76,7 @@ def plan_merge(base: Path, folder: Path) -> MergePlan:
     refuse_unsupported(adapter)
     config = read_configuration(base, "the folder of the whole base model")
     if config.get("quantization_config"):
-        raise refusal("merge/quantized-base", base=base)
+        raise refusal("models/quantized-base", path=base)
     weights = check_language_model(base, config)
     tied = bool(config.get("tie_word_embeddings"))
     if tied and _unties(adapter):
@@ -87,6 +87,29 @@ def plan_merge(base: Path, folder: Path) -> MergePlan:
     return MergePlan(weights, config, adapter, updates)
 
 
+def check_fit(folder: Path, base: Path) -> AdapterShape:
+    """The adapter's shape, provided that it is finite and can be merged into the base: asked before anything is
+    trained, evaluated or merged.
+
+    Raises:
+        InputError: as `plan_merge`; NaN or infinity.
+    """
+    adapter = read_adapter(folder)
+    shape = shape_of(adapter)
+    try:
+        plan_merge(base, folder)
+    except InputError as error:
+        whose, _, problem = error.found.rstrip(".").partition(f"{folder}: ")
+        if whose or not problem:  # of the base
+            raise
+        named = shape.base or "no base"
+        raise refusal(
+            "models/adapter-of-other-base", folder=folder, base=base, problem=problem, error=error, named=named
+        ) from None
+    adapter.require_finite()
+    return shape
+
+
 def refuse_unsupported(adapter: Adapter) -> None:
     """Refuse what no base makes right.
 
@@ -95,12 +118,12 @@ def refuse_unsupported(adapter: Adapter) -> None:
     """
     for key, words in _TABLES["unsupported"].items():
         if adapter.config.get(key):
-            raise refusal("merge/unsupported", adapter=adapter, words=words, key=key)
+            raise refusal("models/unsupported", adapter=adapter, words=words, key=key)
     init = adapter.config.get("init_lora_weights", True)
     if init not in _SAFE_INITS:
-        raise refusal("merge/changed-base", adapter=adapter, init=init)
+        raise refusal("models/changed-base", adapter=adapter, init=init)
     if not adapter.tensors:
-        raise refusal("merge/no-tensor", adapter=adapter)
+        raise refusal("models/no-tensor", adapter=adapter)
 
 
 def remarks(adapter: Adapter) -> list[str]:
@@ -173,7 +196,7 @@ def _plan_updates(adapter: Adapter, base: Weights, tied: bool) -> dict[str, Upda
         _check_pair(adapter, module, pair, base)
         weight, bias = f"{module}.weight", f"{module}.bias"
         if weight in updates:
-            raise refusal("merge/trained-twice", adapter=adapter, module=module)
+            raise refusal("models/trained-twice", adapter=adapter, module=module)
         rank, alpha = _rank(adapter, module), adapter.config.get("lora_alpha", 8)
         alpha = _pattern(adapter.config.get("alpha_pattern"), module, alpha)
         scaling = alpha / math.sqrt(rank) if adapter.config.get("use_rslora") else alpha / rank
@@ -181,12 +204,12 @@ def _plan_updates(adapter: Adapter, base: Weights, tied: bool) -> dict[str, Upda
         updates[weight] = Update("embedding" if pair.embedding else "linear", scaling, matrices)
         if "bias" in pair.tensors:
             if bias not in base.tensors:
-                raise refusal("merge/no-such-bias", adapter=adapter, module=module)
+                raise refusal("models/no-such-bias", adapter=adapter, module=module)
             updates[bias] = Update("bias", scaling, {"value": pair.tensors["bias"]})
     for name, update in updates.items():
         value, place = update.tensors.get("value"), base.tensors[name]
         if value is not None and update.kind != "rows" and value.shape != place.shape:
-            raise refusal("merge/other-shape", adapter=adapter, name=name, value=value, place=place)
+            raise refusal("models/other-shape", adapter=adapter, name=name, value=value, place=place)
     _check_complete(adapter, base)
     return updates
 
@@ -213,7 +236,7 @@ def _replacements(adapter: Adapter, base: Weights) -> dict[str, Update]:
         if target in base.tensors and trained:
             updates[target] = Update("replace", tensors={"value": tensor})
         elif not _is_copy(tensor, base.tensors.get(target)):
-            raise refusal("merge/unexplained-tensor", adapter=adapter, name=name)
+            raise refusal("models/unexplained-tensor", adapter=adapter, name=name)
     return updates
 
 
@@ -234,17 +257,17 @@ def _trained_tokens(adapter: Adapter, base: Weights, tied: bool) -> dict[str, Up
         rows = next((rows for name, rows in wanted.items() if f".{module}".endswith(f".{name}")), None)
         shared = tied and last == "lm_head"
         if rows is None or (target not in base.tensors and not shared):
-            raise refusal("merge/unexplained-tokens", adapter=adapter, module=module)
+            raise refusal("models/unexplained-tokens", adapter=adapter, module=module)
         if shared:
-            raise refusal("merge/tokens-of-shared-head", adapter=adapter)
+            raise refusal("models/tokens-of-shared-head", adapter=adapter)
         place = base.tensors[target]
         have, width = place.shape
         fits = len(set(rows)) == len(rows) and all(type(row) is int and 0 <= row < have for row in rows)
         if not fits or tensor.shape != (len(rows), width):
-            raise refusal("merge/tokens", adapter=adapter, module=module, tensor=tensor, place=place, rows=len(rows))
+            raise refusal("models/tokens", adapter=adapter, module=module, tensor=tensor, place=place, rows=len(rows))
         updates[target] = Update("rows", tensors={"value": tensor}, rows=tuple(rows))
     if missing := [key for key in wanted if not any(f".{module}".endswith(f".{key}") for module in adapter.tokens)]:
-        raise refusal("merge/missing-tokens", adapter=adapter, missing=missing)
+        raise refusal("models/missing-tokens", adapter=adapter, missing=missing)
     return updates
 
 
@@ -253,33 +276,33 @@ def _check_tied(adapter: Adapter) -> None:
     head, embedding = (adapter.tensors.get(f"{PREFIX}{name}") for name in (HEAD, EMBEDDING))
     as_one = adapter.config.get("ensure_weight_tying") and head is not None and embedding is not None
     if as_one and not _is_copy(head, embedding):
-        raise refusal("merge/different-copies", adapter=adapter)
+        raise refusal("models/different-copies", adapter=adapter)
     for module in adapter.pairs:
         if module.rpartition(".")[2] in ("lm_head", "embed_tokens"):
-            raise refusal("merge/shared-matrix", adapter=adapter, module=module)
+            raise refusal("models/shared-matrix", adapter=adapter, module=module)
 
 
 def _check_pair(adapter: Adapter, module: str, pair: LowRank, base: Weights) -> None:
     """A pair belongs to a module of the base that the configuration names, and has the shapes that both say."""
     config, weight = adapter.config, base.tensors.get(f"{module}.weight")
     if weight is None:
-        raise refusal("merge/no-such-module", adapter=adapter, module=module)
+        raise refusal("models/no-such-module", adapter=adapter, module=module)
     if not _targeted(config, module):
         keys = ("exclude_modules", "layers_to_transform")
         chosen = " with ".join(["target_modules", *(key for key in keys if config.get(key) is not None)])
-        raise refusal("merge/unnamed-module", adapter=adapter, module=module, chosen=chosen)
+        raise refusal("models/unnamed-module", adapter=adapter, module=module, chosen=chosen)
     if pair.lacks:
-        raise refusal("merge/half-a-pair", adapter=adapter, module=module, pair=pair)
+        raise refusal("models/half-a-pair", adapter=adapter, module=module, pair=pair)
     have, want = pair.shapes, pair.shapes_for(weight.shape, _rank(adapter, module))
     if have != want:
-        raise refusal("merge/pair-shapes", adapter=adapter, module=module, have=have, want=want, weight=weight)
+        raise refusal("models/pair-shapes", adapter=adapter, module=module, have=have, want=want, weight=weight)
     magnitude = pair.tensors.get("magnitude")
     if bool(config.get("use_dora")) != (magnitude is not None):
-        raise refusal("merge/half-dora", adapter=adapter, module=module)
+        raise refusal("models/half-dora", adapter=adapter, module=module)
     if magnitude is not None and pair.embedding:
-        raise refusal("merge/dora-on-embedding", adapter=adapter, module=module)
+        raise refusal("models/dora-on-embedding", adapter=adapter, module=module)
     if magnitude is not None and magnitude.shape != weight.shape[:1]:
-        raise refusal("merge/other-magnitude", adapter=adapter, module=module, magnitude=magnitude, weight=weight)
+        raise refusal("models/other-magnitude", adapter=adapter, module=module, magnitude=magnitude, weight=weight)
 
 
 def _check_complete(adapter: Adapter, base: Weights) -> None:
@@ -293,11 +316,11 @@ def _check_complete(adapter: Adapter, base: Weights) -> None:
     }
     for why, names in trained.items():
         if missing := sorted(names - kept):
-            raise refusal("merge/no-copy", adapter=adapter, missing=missing, why=why)
+            raise refusal("models/no-copy", adapter=adapter, missing=missing, why=why)
     if config.get("lora_bias") and not all(pair.embedding or "bias" in pair.tensors for pair in adapter.pairs.values()):
-        raise refusal("merge/no-bias-of-b", adapter=adapter)
+        raise refusal("models/no-bias-of-b", adapter=adapter)
     for name, tensor in base.tensors.items():
         module = name.removesuffix(".weight")
         matrix = name.endswith(".weight") and len(tensor.shape) == 2
         if matrix and _targeted(config, module) and module not in adapter.pairs:
-            raise refusal("merge/missing-pair", adapter=adapter, module=module)
+            raise refusal("models/missing-pair", adapter=adapter, module=module)

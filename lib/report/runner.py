@@ -103,8 +103,8 @@ class Report:
 class _Session:
     """One call of `run_report`: what is fixed while it lasts (titles are read once, before anything runs)."""
 
-    def __init__(self, run: Run, notebooks: list[Path], timeout: float, say: Say) -> None:
-        self.run, self.notebooks, self.timeout, self.say = run, notebooks, timeout, say
+    def __init__(self, run: Run, notebooks: list[Path], last: Path, timeout: float, say: Say) -> None:
+        self.run, self.notebooks, self.last, self.timeout, self.say = run, notebooks, last, timeout, say
         self.folder = files.reports_folder() / run.name
         self.titles = [index.read_stage(notebook) for notebook in notebooks]
 
@@ -260,7 +260,7 @@ def run_report(
         raise InputError(f"--from {start_from} --to {end_at}.", "the first before the last.", "exchange them.")
     if any(notebook.stem.startswith("06") for notebook in found[first : last + 1]):
         refuse_quantized(settings)
-    session = _Session(open_run(settings.run_name), found, timeout, say)
+    session = _Session(open_run(settings.run_name), found, found[last], timeout, say)
     _refuse_other_settings(session.run, settings, found[first].stem if first else "")
     values = settings.model_dump()
     parameters = {n: declared(n, values) for n in found[first : last + 1]}
@@ -294,6 +294,19 @@ def _remove_pages(session: _Session, notebooks: list[Path]) -> None:
     session.write_indexes(sentence("index.being_made"))
 
 
+def _refuse_unconvertible(run: Run, name: str) -> None:
+    """Refuse before a training what notebook 05 would refuse of its base model."""
+    from lib.models.base_model import base_of
+    from lib.stages.convert.convert import plan_conversion
+
+    data = run.manifest.entries().get("data")
+    try:
+        if data is not None and not data.facts.get("offline_base"):
+            plan_conversion(base_of(run).path)
+    except InputError as error:
+        raise ReportError(name, execute.Failure(str(error), 2)) from None
+
+
 def _stage(session: _Session, notebook: Path, parameters: dict[str, Any]) -> None:
     """Execute and publish one notebook; what there is of a failed one is moved to partial/."""
     name, page = notebook.stem, session.page(notebook)
@@ -302,6 +315,8 @@ def _stage(session: _Session, notebook: Path, parameters: dict[str, Any]) -> Non
         work = Path(temporary)
         executed, draft = work / notebook.name, work / page.name
         try:
+            if name == NOTEBOOK_OF["adapter"] and session.last.stem >= NOTEBOOK_OF["gguf"]:
+                _refuse_unconvertible(session.run, name)
             ended = execute.execute(
                 notebook, executed, parameters, work, session.timeout, lambda line: session.say(f"{DETAIL}{line}")
             )

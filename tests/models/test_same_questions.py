@@ -243,6 +243,21 @@ RUNS: dict[str, tuple[dict[str, str], Change, str]] = {
         lambda place: ADAPTERS["another layer"](place / "adapter"),
         "fit",
     ),
+    "an adapter that cannot be merged": (
+        {"adapter": "adapter"},
+        lambda place: ADAPTERS["a changed base"](place / "adapter"),
+        "which changed the base",
+    ),
+    "a base that llama.cpp computes otherwise": (
+        {},
+        lambda place: config(hidden_act="gelu")(place / "base"),
+        "hidden_act 'gelu'",
+    ),
+    "a base whose cuts llama.cpp does not know": (
+        {},
+        lambda place: edited("tokenizer_config.json", eos_token="<|gone|>")(place / "base"),
+        "for transformers",
+    ),
     "no data": ({"dataset": "./nothing.csv"}, lambda place: None, "nothing.csv"),
     "an open mark": ({}, lambda place: write("rows.csv", ROWS + '"差,0\n')(place), "never closed"),
     "a cell too many": ({}, lambda place: write("rows.csv", ROWS + "好,1,1\n")(place), "3 cells"),

@@ -13,8 +13,9 @@ from typing import Any
 
 from lib.errors import refusal
 from lib.models import base_model
-from lib.models.adapters import adapter_config, check_fit, copy_weights, read_adapter
+from lib.models.adapters import adapter_config, copy_weights, read_adapter
 from lib.models.base_model import Base, GivenAdapter
+from lib.models.merge_plan import check_fit
 from lib.models.tokenizer_files import differences
 from lib.models.weights import open_weights
 from lib.runs import machine

@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.errors import InputError, refusal
+from lib.models.merge_plan import Update, plan_merge
 from lib.models.weights import TORCH, StoredTensor, Weights, open_weights, slabs
 from lib.progress import track
 from lib.runs.machine import no_warnings
-from lib.stages.merge.adapter import Update, plan_merge
 
 if TYPE_CHECKING:
     import torch

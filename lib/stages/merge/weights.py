@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 
 from lib.errors import InputError, refusal
+from lib.models.merge_plan import EMBEDDING, RULES, Update, plan_merge, remarks
 from lib.models.tokenizer_files import FILES, TEMPLATES, chat_templates, differences, reader, vocabulary
 from lib.models.weights import (
     INDEX,
@@ -42,7 +43,6 @@ from lib.models.weights import (
 from lib.progress import Progress
 from lib.runs.child import run_jobs
 from lib.runs.files import new_folder, read_json, require_new, require_space, write_at, write_json
-from lib.stages.merge.adapter import EMBEDDING, RULES, Update, plan_merge, remarks
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.errors import InputError
-from lib.models.adapters import check_fit, read_adapter, shape_of
+from lib.models.adapters import read_adapter, shape_of
 from lib.models.base_model import base_of
+from lib.models.merge_plan import check_fit
 from lib.report import finetune_page
 from lib.runs.files import read_json
 from lib.runs.run import Run
@@ -190,7 +191,7 @@ def change(folder: Path, **tensors: torch.Tensor | None) -> None:
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ({"q_proj__lora_A__weight": torch.zeros(4, 63)}, r"q_proj: A \(4, 63\) and B .* for a weight \(64, 64\)"),
+        ({"q_proj__lora_A__weight": torch.zeros(4, 63)}, r"q_proj: A \(4, 63\) and B .* base weight \(64, 64\)"),
         ({"q_proj__lora_B__weight": torch.zeros(64, 5)}, r"q_proj: A \(4, 64\) and B \(64, 5\)"),
         ({"q_proj__lora_B__weight": None}, "q_proj lacks lora_B"),
         ({"q_proj__lora_B__weight": torch.full((64, 4), float("-inf"))}, "NaN or infinity"),
@@ -225,7 +226,7 @@ def test_the_public_adapter_fits_its_shape(shared_data: Path, tmp_path: Path) ->
         config = Qwen2Config(**{**real, "num_hidden_layers": layers, "intermediate_size": 16, "vocab_size": 64})
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / f"base{layers}")
     assert check_fit(adapter, tmp_path / "base24") == shape
-    with pytest.raises(InputError, match=r"changes model\.layers\.\d+\..*, which the base does not have"):
+    with pytest.raises(InputError, match=r"LoRA on model\.layers\.\d+\..*, which the base does not have"):
         check_fit(adapter, tmp_path / "base2")
 
 

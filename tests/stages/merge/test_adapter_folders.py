@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from lib.cli.models import merge
 from lib.errors import InputError
-from lib.models.adapters import PREFIX, check_fit
+from lib.models.adapters import PREFIX
 from lib.models.inspect import inspect
 from lib.models.loading import load_model, load_tokenizer
+from lib.models.merge_plan import check_fit
 from lib.models.tokenizer_files import differences
 from lib.models.weights import read_object
 from lib.stages.merge.weights import merge_folders

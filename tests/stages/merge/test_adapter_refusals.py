@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lib.cli.models import examine
 from lib.errors import InputError
-from lib.stages.merge.adapter import _TABLES
+from lib.models.merge_plan import _TABLES
 from lib.stages.merge.weights import merge_folders
 
 

@@ -150,7 +150,7 @@ def test_scaling_is_pefts_own(make_base: Callable, make_adapter: Callable, tmp_p
     base = make_base("bfloat16")
     adapter = make_adapter(base, alpha_pattern={"v_proj": 5})
     with monkeypatch.context() as patched:
-        patched.setattr("lib.stages.merge.adapter._pattern", lambda patterns, module, default: default)
+        patched.setattr("lib.models.merge_plan._pattern", lambda patterns, module, default: default)
         merge_folders(base, adapter, tmp_path / "out")
     count, named = refused((base, adapter, tmp_path / "out"))
     assert count == 2 and all("v_proj" in name for name in named)
