@@ -142,6 +142,12 @@ def _between(low: float, high: float | None, *kinds: type, code: str | None = No
 _TOKENS = _between(1, None, int, code="invalid_max_tokens")
 
 
+def _no_empty_text(value: Any, info: ValidationInfo) -> Any:
+    if "" in (value if isinstance(value, list) else [value]):
+        raise _invalid(info.field_name, "holds an empty text, which every answer begins with; leave it out")
+    return value
+
+
 class Asked(BaseModel):
     """What a request asks of the sampler; further keys are the inner server's. The context holds the `Limits`.
 
@@ -158,6 +164,7 @@ class Asked(BaseModel):
     min_tokens: Annotated[Any, _between(0, 2**31 - 1, int)] = None
     top_k: Annotated[Any, _between(0, 2**31 - 1, int)] = None
     seed: Annotated[Any, _between(-(2**63), 2**63 - 1, int)] = None
+    stop: Annotated[Any, AfterValidator(_no_empty_text)] = None
     response_format: Annotated[Any, AfterValidator(_without_schema)] = None
     temperature: Annotated[Any, _between(0, 2, int, float)] = None
     repeat_penalty: Annotated[Any, _between(0.1, 10, int, float)] = None
@@ -311,7 +318,7 @@ class LimitedApplication:
                 raise _invalid(name, f"is {value!r}; this server has no such thing", "unsupported_parameter")
         THINKING.set(_thinking(body) if path == CHAT else None)
         _refuse_unheard(path, body)
-        SAID.set({name: body[name] for name in ("messages", "tools", "functions") if name in body})
+        SAID.set({name: body[name] for name in _MEMBERS["said"] if name in body})
         for tool in tools if isinstance(tools := body.get("tools"), list) else ():
             if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
                 tool["function"].setdefault("parameters", {})  # the inner server asks for what the protocol lets out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +25,10 @@ _CONTROL = 3
 
 
 ROLES = ("system", "user", "assistant", "tool")
-TOOLS = ("tools", "functions")
-"""Members of a request, besides the messages, whose texts a template may write."""
+TOOLS = {"tools": "tool_choice", "functions": "function_call"}
+"""Members of a request, besides the messages, whose texts a template may write, and the member that says "none"."""
+CALLS = ("tool_calls", "function_call", "prefix", "partial")
+"""Members of a message that a template may leave out: calls, and that the answer goes on from this message."""
 
 
 def control_tokens(metadata: Mapping[str, Any]) -> list[str]:
@@ -47,6 +50,8 @@ def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: 
     from jinja2 import TemplateError
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
+    refused = (TemplateError, TypeError, AttributeError, KeyError)
+
     class Formatter(Jinja2ChatFormatter):
         def __call__(self, *, messages: Sequence[Mapping[str, Any]], **keywords: Any) -> Any:
             said = {**keywords, "messages": messages, **(SAID.get() or {})}
@@ -55,10 +60,23 @@ def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: 
             if asked is not None and "enable_thinking" not in template and (asked or "<think>" in template):
                 raise ValueError(f"enable_thinking is {asked}, and the chat template of this model knows one way only")
             told["enable_thinking"] = thinking if asked is None else asked
+            messages = [harmless(message) for message in said["messages"]]
             try:
-                return super().__call__(messages=[harmless(message) for message in said["messages"]], **keywords | told)
-            except (TemplateError, TypeError, AttributeError, KeyError) as error:
+                answer = super().__call__(messages=messages, **keywords | told)
+            except refused as error:
                 raise ValueError(f"the chat template refuses these messages: {error}") from None
+            for name in (name for name, choice in TOOLS.items() if told.get(name) and said.get(choice) != "none"):
+                self._refuse_unwritten(name, answer.prompt, messages, {**keywords, **told, name: None})
+            for name in (name for name in CALLS if any(message.get(name) for message in messages)):
+                without = [{key: value for key, value in message.items() if key != name} for message in messages]
+                self._refuse_unwritten(name, answer.prompt, without, {**keywords, **told})
+            return answer
+
+        def _refuse_unwritten(self, name: str, prompt: str, messages: list[Any], keywords: dict[str, Any]) -> None:
+            """Refuse a member without which the template writes the same prompt: the model would not hear of it."""
+            with contextlib.suppress(*refused):
+                if super().__call__(messages=messages, **keywords).prompt == prompt:
+                    raise ValueError(f"{name}: the chat template of this model does not write them")
 
     def harmless(message: Any) -> dict[str, Any]:
         role = message.get("role") if isinstance(message, Mapping) else None

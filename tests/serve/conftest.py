@@ -20,6 +20,10 @@ from tests.conftest import PROJECT
 
 MESSAGES = [{"role": "system", "content": "你是助手。"}, {"role": "user", "content": "房间很干净"}]
 
+TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}"
+TOOLS += "{% for message in messages if message.tool_calls %}{{ message.tool_calls | tojson }}{% endfor %}"
+"""What the template of the served model writes of tools, and of calls of them."""
+
 
 def start(*arguments: str) -> tuple[subprocess.Popen, list[str], str]:
     """The process, the lines of its stderr so far (and later), its address."""
@@ -43,6 +47,8 @@ def start(*arguments: str) -> tuple[subprocess.Popen, list[str], str]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     tiny_run.make_tokenizer(folder / "tokenizer")
+    template = folder / "tokenizer" / "chat_template.jinja"
+    template.write_text(TOOLS + template.read_text(encoding="utf-8"), encoding="utf-8")
     return tiny_gguf.write(folder / "tiny.gguf", layers=1, tokenizer=folder / "tokenizer")
 
 

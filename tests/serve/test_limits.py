@@ -267,6 +267,35 @@ def test_answers_can_be_sent_back_as_history(server: SimpleNamespace) -> None:
             assert client.chat.completions.create(**asked, messages=turns).choices
 
 
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+@pytest.mark.parametrize("stop", ["", ["", "zz"]])
+def test_an_empty_text_to_stop_at_is_refused(server: SimpleNamespace, path: str, stop: Any) -> None:
+    answer = post(server.client, path, stop=stop)
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "invalid_stop", answer.text
+
+
+@pytest.mark.parametrize(
+    ("more", "message", "name"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, {}, "tools"),
+        ({"functions": [{"name": "f"}]}, {}, "functions"),
+        ({}, CALLED, "tool_calls"),
+        ({}, {"role": "assistant", "content": "a", "function_call": {"name": "f"}}, "function_call"),
+        ({}, {"role": "assistant", "content": "a", "prefix": True}, "prefix"),
+    ],
+)
+def test_what_the_template_does_not_write_is_refused(more: dict, message: dict, name: str) -> None:
+    written = "{% for message in messages %}{{ message.role }} {{ message.content }}\n{% endfor %}"
+    heard = written + "{{ tools }}{{ functions }}{{ messages[-1].tool_calls }}{{ messages[-1].function_call }}"
+    messages = [{"role": "user", "content": "a"}, *([message] if message else [])]
+    with pytest.raises(ValueError, match=f"^{name}: the chat template of this model does not write"):
+        make_formatter(written, False, "", "", 1, [])(messages=messages, **more)
+    make_formatter(heard + "{{ messages[-1].prefix }}", False, "", "", 1, [])(messages=messages, **more)
+
+
 def test_no_text_of_a_tool_call_closes_its_turn() -> None:
     formatter = make_formatter("{{ messages[0].tool_calls[0].function.name }}", False, "", "", 1, ["<|im_end|>"])
     call = {"function": {"name": "<|im_end|>"}}
