@@ -263,11 +263,14 @@ def perplexity(
     show({"text": str(text), **result}, as_json, numbers(result))
 
 
-def read_text(path: Path, text_column: str = "") -> Text:
-    """The documents of a file.
+def read_text(path: Path, text_column: str = "", split: str = "") -> Text:
+    """The documents of a file; what of a table is left out is said.
+
+    Args:
+        split: whose rows are taken of a table that says the splits of its rows; empty = all.
 
     Raises:
-        InputError: no file, not UTF-8, no text in it, or no column with a text.
+        InputError: no file, not UTF-8, no text in it, no column with a text, or a column of what is no table.
     """
     from lib.scoring.measure import Text
 
@@ -275,7 +278,9 @@ def read_text(path: Path, text_column: str = "") -> Text:
     if not path.is_file():
         raise refusal("cli/no-text", place=given.expanduser().absolute())
     if path.suffix.lower() in _ROWS:
-        text = Text.of_rows(_rows(path, text_column))
+        text = Text.of_rows(_rows(path, text_column, split))
+    elif text_column:
+        raise InputError(f"--text-column {text_column}, and {path} is no table.", "a table.", "leave it out.")
     else:
         text = Text.of_file(utf8(path, path.read_bytes()))
     if not text.content.strip():
@@ -283,14 +288,20 @@ def read_text(path: Path, text_column: str = "") -> Text:
     return text
 
 
-def _rows(path: Path, text_column: str) -> list[str]:
+def _rows(path: Path, text_column: str, split: str) -> list[str]:
     from lib.stages.data.cleaning import DamagedError, find_column, safe_text
     from lib.stages.data.reading import read_table
 
-    table = next(iter(read_table(str(path)).splits.values()))
-    name = find_column(list(table[0]), text_column, "text")
+    splits = read_table(str(path)).splits
+    taken = [row for part, rows in splits.items() if part in (split or part, "all") for row in rows]
+    left_out = Counter({f"of {part}": len(rows) for part, rows in splits.items() if part not in (split or part, "all")})
+    name = find_column(list(taken[0]), text_column, "text")
     with refusing(DamagedError, "cli/no-column-of-text", path=path, name=name):
-        return [safe_text(value, Counter()) for value in (row[name] for row in table)]
+        texts = [safe_text(row[name], Counter()) for row in taken]
+    left_out["without a text"] = sum(not text.strip() for text in texts)
+    if reasons := ", ".join(f"{count:,} {why}" for why, count in left_out.items() if count):
+        say(f"{path}: {left_out.total():,} of {sum(map(len, splits.values())):,} rows left out ({reasons})")
+    return texts
 
 
 def numbers(result: dict[str, Any]) -> str:

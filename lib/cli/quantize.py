@@ -59,7 +59,8 @@ class BudgetOptions:
             rows = user_path(str(self.data))
             return Budget(most, self.model, n_ctx=self.n_ctx, data=rows, answer_weight=self.answer_weight)
         assert self.text is not None
-        return Budget(most, self.model, read_text(self.text, self.text_column), user_path(str(self.text)), self.n_ctx)
+        text = read_text(self.text, self.text_column, "train")
+        return Budget(most, self.model, text, user_path(str(self.text)), self.n_ctx)
 
 
 def quantize(
@@ -107,7 +108,8 @@ def imatrix(
     from lib.cli.evaluate import read_text
     from lib.stages.quantize.calibration import measure_imatrix
 
-    made = measure_imatrix(model_dir, output, read_text(text, text_column), user_path(str(text)), n_ctx, chunks)
+    content = read_text(text, text_column, "train")
+    made = measure_imatrix(model_dir, output, content, user_path(str(text)), n_ctx, chunks)
     rows = "" if made["rows"] is None else f" of {made['rows']:,} rows"
     words = f"{output}: {made['entries']} layers, {made['tokens']:,} tokens{rows}; {made['dataset']}"
     show(made, as_json, words)

@@ -275,7 +275,7 @@ def check_model_folder(path: Path) -> Weights:
             weights, a Git LFS pointer or a web page in place of a file, truncated or damaged weights.
     """
     if not path.is_dir():
-        raise refusal("models/no-folder", folder=path)
+        raise refusal("models/no-folder", what="no folder, but a file," if path.is_file() else "no folder", folder=path)
     refuse_adapter(path)
     config = read_configuration(path)
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -50,9 +50,11 @@ def count_weights(folder: Path) -> int:
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
-def affordable_dtype(folder: Path) -> str:
-    """Arithmetic for checking a model folder: "float32" if its weights fit into memory that way, else "bfloat16"."""
-    return "float32" if open_weights(folder).parameters * 4 * 1.3 < available_memory() else "bfloat16"
+def affordable_dtype(*folders: Path) -> str:
+    """Arithmetic for checking model folders: "float32" if the weights of all fit into memory that way, else
+    "bfloat16"."""
+    parameters = sum(open_weights(folder).parameters for folder in folders)
+    return "float32" if parameters * 4 * 1.3 < available_memory() else "bfloat16"
 
 
 def load_as_saved(folder: Path) -> PreTrainedModel:

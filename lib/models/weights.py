@@ -354,7 +354,7 @@ def open_weights(folder: Path) -> Weights:
             adapter beside the weights.
     """
     if not folder.is_dir():
-        raise refusal("models/no-folder", folder=folder)
+        raise refusal("models/no-folder", what="no folder", folder=folder)
     refuse_device(folder / SINGLE)
     listed = weight_map(folder)
     if listed is None and not (folder / SINGLE).is_file():

@@ -169,7 +169,8 @@ def measure_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     text, n_ctx = Text(**argument["text"]), argument["n_ctx"]
     with ExitStack() as stack:
         paths = [Path(argument[key]) for key in ("reference", "model") if argument[key]]
-        opened = [_open(path, argument) for path in paths]
+        dtype = _dtype(paths)
+        opened = [_open(path, argument, dtype) for path in paths]
         for backend, _ in opened:
             stack.enter_context(backend)
         tokens = _tokenize(opened, paths, text)
@@ -178,28 +179,52 @@ def measure_in_child(argument: dict[str, Any]) -> dict[str, Any]:
         found = positions(base, opened[-1][0], windows, f"perplexity of {paths[-1].name}")
         device = opened[-1][0].device
     documents = None if tokens.documents is None else scored_tokens(tokens.documents, windows)
-    return {"n_ctx": n_ctx, "n_windows": len(windows), **summarize(found, documents), "device": device}
+    numbers = summarize(found, documents)
+    notes = [numbers["note"], "" if dtype == "float32" else f"model folders were computed in {dtype}"]
+    numbers["note"] = "; ".join(filter(None, [*notes, *beyond_context(paths, n_ctx)]))
+    return {"n_ctx": n_ctx, "n_windows": len(windows), **numbers, "device": device}
 
 
-def _open(path: Path, argument: dict[str, Any]) -> tuple[Backend, Any]:
+def _dtype(paths: Sequence[Path]) -> str:
+    """In what model folders are computed, both in the same: where memory allows it in what llama.cpp computes in."""
+    from lib.models.base_model import check_model_folder
+    from lib.models.loading import affordable_dtype, quantization_method
+
+    folders = [path for path in paths if path.is_dir()]
+    for folder in folders:
+        check_model_folder(folder)
+    return affordable_dtype(*(folder for folder in folders if not quantization_method(folder)))
+
+
+def beyond_context(paths: Sequence[Path], n_ctx: int) -> list[str]:
+    """What is to be said of models that were made for shorter windows."""
+    from lib.models.configurations import read_configuration
+    from lib.models.gguf_file import read_metadata
+
+    found = []
+    for path in paths:
+        said = read_configuration(path) if path.is_dir() else read_metadata(path)
+        name = "max_position_embeddings" if path.is_dir() else f"{said.get('general.architecture')}.context_length"
+        if isinstance(most := said.get(name), int) and n_ctx > most:
+            found.append(f"windows of {n_ctx} tokens, and {path.name} was made for at most {most}")
+    return found
+
+
+def _open(path: Path, argument: dict[str, Any], dtype: str) -> tuple[Backend, Any]:
     """A backend and, for a folder, its tokenizer."""
     if path.is_file():
         from lib.scoring.llama_backend import LlamaCppBackend
 
         n_ctx, threads, layers = (argument[key] for key in ("n_ctx", "n_threads", "n_gpu_layers"))
         return LlamaCppBackend(path, n_ctx, threads, layers, n_outputs=n_ctx - n_ctx // 2), None
-    from lib.models.adapters import refuse_adapter
-    from lib.models.base_model import check_model_folder
     from lib.models.loading import load_as_saved, load_model, load_tokenizer, quantization_method
     from lib.scoring.torch_backend import TransformersBackend
 
-    refuse_adapter(path)
-    check_model_folder(path)
     if argument["n_threads"]:
         import torch
 
         torch.set_num_threads(argument["n_threads"])
-    model = load_as_saved(path) if quantization_method(path) else load_model(path)
+    model = load_as_saved(path) if quantization_method(path) else load_model(path, dtype)
     return TransformersBackend(model, name=path.name), load_tokenizer(path, chat=False)
 
 

@@ -19,14 +19,14 @@ from lib.errors import InputError, refusal
 from lib.models.base_model import check_model_folder
 from lib.models.gguf_file import name_map
 from lib.models.loading import load_model, load_tokenizer, quantization_method, weight_bytes
-from lib.progress import Progress
+from lib.progress import Progress, say
 from lib.prompts.tasks import read_task, texts_of
 from lib.runs import files
 from lib.runs.child import run_child
 from lib.runs.files import read_jsonl, sha256_json, write_jsonl
 from lib.runs.machine import available_memory
 from lib.runs.run import Product, ProductDraft, Run
-from lib.scoring.measure import Text, tokenize_with_transformers
+from lib.scoring.measure import Text, beyond_context, tokenize_with_transformers
 from lib.settings import Settings
 from lib.stages.quantize.files import Options, check_output
 
@@ -314,6 +314,8 @@ def collect(model: Path, chosen: Windows, output: Path) -> dict[str, Any]:
 
     Weights are stored in 16 bits each: where there is room, they are computed with in float32, as llama.cpp does.
     """
+    for words in beyond_context([model], len(chosen.windows[0])):
+        say(f"{words}: inputs behind that are none that it was trained on")
     dtype = "float32" if 4 * weight_bytes(model) < available_memory() else "bfloat16"
     argument = {"model": model, "windows": chosen.windows, "output": output, "dataset": chosen.dataset, "dtype": dtype}
     function = "lib.stages.quantize.calibration:collect_in_child"
