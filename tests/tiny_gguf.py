@@ -75,6 +75,7 @@ def write(
     weights: dict[str, np.ndarray] | None = None,
     tokenizer: Path | None = None,
     outtype: str = "f16",
+    half: tuple[str, ...] = (),
 ) -> Path:
     """Write a tiny Qwen2 GGUF.
 
@@ -84,6 +85,7 @@ def write(
         tokenizer: folder of a saved tokenizer to use instead, with its merges and chat template.
         weights: tensors to use instead of noise.
         outtype: "f16" or "f32" for the matrices.
+        half: vectors that are float16, too.
     """
     merges = ["! !"]
     if tokenizer is not None:
@@ -113,8 +115,8 @@ def write(
     writer.add_bos_token_id(tokens.index("<|endoftext|>"))
     writer.add_add_bos_token(False)
     for name, values in weights.items():
-        half = outtype == "f16" and values.ndim > 1
-        writer.add_tensor(name, values.astype(np.float16 if half else np.float32))
+        short = (outtype == "f16" and values.ndim > 1) or name in half
+        writer.add_tensor(name, values.astype(np.float16 if short else np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

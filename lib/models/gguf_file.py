@@ -252,6 +252,11 @@ def read_gguf(path: Path | str) -> GgufHeader:
         return GgufHeader(metadata, tensors, reader.pairs, reader.at, alignment)
 
 
+def computes_in_float32(name: str, shape: Sequence[int]) -> bool:
+    """Whether llama.cpp computes with a tensor in float32 alone, and aborts at another type: vectors, norms, biases."""
+    return len(shape) <= 1 or name.endswith(("norm.weight", ".bias"))
+
+
 @contextlib.contextmanager
 def _open(path: Path | str) -> Iterator[tuple[_Reader, int]]:
     """A reader placed behind magic, version and number of tensors, and that number."""

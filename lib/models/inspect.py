@@ -12,7 +12,7 @@ from lib.errors import InputError
 from lib.models import tokenizer_files
 from lib.models.adapters import folder_kind, has_lora, read_adapter, shape_of
 from lib.models.configurations import check_configuration, check_sizes, refuse_other_task
-from lib.models.gguf_file import NUMBERS, TensorInfo, data_end, read_gguf
+from lib.models.gguf_file import NUMBERS, TensorInfo, computes_in_float32, data_end, read_gguf
 from lib.models.weights import Weights, impostor, open_weights, read_object
 from lib.prompts.templates import describe_template
 
@@ -305,7 +305,7 @@ def _check_gguf(found: _Findings, metadata: Mapping[str, Any], tensors: Sequence
     from lib.models.unpack_source import ids_beyond
 
     found.notes += ids_beyond(metadata) if vocabulary else []
-    if odd := [t.name for t in tensors if t.type != 0 and t.name.endswith(("norm.weight", ".bias"))]:
+    if odd := [t.name for t in tensors if t.type != 0 and computes_in_float32(t.name, t.shape)]:
         found.problems.append(f"llama.cpp computes with float32 in {odd[0]}, and ends at other numbers")
     found.notes.append(_as_base(found.path))
     if budget := metadata.get("quantize.mix.budget_bytes"):

@@ -16,7 +16,7 @@ from typing import Any
 import llama_cpp
 
 from lib.errors import InputError, refusal
-from lib.models.gguf_file import padded
+from lib.models.gguf_file import computes_in_float32, padded
 from lib.progress import Progress
 from lib.runs.child import peak_memory_mib
 from lib.runs.files import disk_error
@@ -175,6 +175,10 @@ def _header_keys(options: Options, matrix: Imatrix | None) -> dict[str, str | in
     return {**(matrix.header_keys() if matrix else {}), **dict(options.notes)}
 
 
+def _needs_matrix(log: Log) -> bool:
+    return any("will require an imatrix" in line for line in log.lines)
+
+
 def planned_types(log: Log) -> dict[str, str]:
     """{tensor: new type} of the tensors that a dry run would change."""
     matches = [match for line in log.lines if (match := _TENSOR_LINE.match(line))]
@@ -245,19 +249,29 @@ class Source:
         self._check_effect(recipe, tensors, fallbacks)
         self.check_coverage(planned_types(log))
         self._check_importance_of_embeddings(tensors)
-        usual = self._as_planned(self.dry_run(recipe, Options())) if self.options.any_types() else tensors
+        usual_log = self.dry_run(recipe, Options()) if self.options.any_types() else log
+        usual = self._as_planned(usual_log)
+        by_hand = [
+            {"tensor": name, "recipe": usual[name].type, "type": tensor.type}
+            for name, tensor in tensors.items()
+            if tensor.type != usual[name].type
+        ]
+        if _needs_matrix(log) and not _needs_matrix(usual_log):
+            low = min(by_hand, key=lambda row: tensors[row["tensor"]].bytes / tensors[row["tensor"]].weights)
+            raise InputError(
+                f"{low['tensor']} as {low['type']} without an importance matrix ({recipe} alone needs none).",
+                "an importance matrix for this type.",
+                "give one (--imatrix FILE, made by `workbook imatrix` or llama-imatrix), or choose another type for "
+                f"that tensor, e.g. {low['recipe']}.",
+            )
         return {
             "type": recipe,
             "header_bytes": self.header.size_when_quantized,
             "bytes": self.header.size_when_quantized + sum(padded(tensor.bytes) for tensor in tensors.values()),
             **_totals(tensors),
             "fallbacks": fallbacks,
-            "set_by_hand": [
-                {"tensor": name, "recipe": usual[name].type, "type": tensor.type}
-                for name, tensor in tensors.items()
-                if tensor.type != usual[name].type
-            ],
-            "needs_imatrix": any("will require an imatrix" in line for line in log.lines),
+            "set_by_hand": by_hand,
+            "needs_imatrix": _needs_matrix(log),
         }
 
     def _as_planned(self, log: Log) -> Tensors:
@@ -346,4 +360,7 @@ def open_source(path: Path | str, options: Options) -> Source:
     if quantized := sorted({t.type for t in header.tensors.values()} - files.SOURCE_TENSOR_TYPES):
         name = files.name_of(header.values.get("general.file_type"))
         raise refusal("quantize/quantized-twice", path=path, name=name, types=", ".join(quantized))
+    vectors = [name for name, t in header.tensors.items() if computes_in_float32(name, t.shape) and t.type != "f32"]
+    if vectors:
+        raise refusal("quantize/vectors", path=path, name=vectors[0], kind=header.tensors[vectors[0]].type)
     return Source(header, options, matrix)

@@ -110,6 +110,16 @@ def test_full_disk_is_refused_before_the_work(source: Path, tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["blk.0.attn_norm.weight", "output_norm.weight", "blk.1.attn_q.bias"])
+def test_vectors_that_llama_cpp_does_not_compute_with(tmp_path: Path, name: str) -> None:
+    source = tiny_gguf.write(tmp_path / "half-F16.gguf", half=(name,))
+    with pytest.raises(InputError, match=f"{name} of type f16"):
+        tiny_gguf.quantize_file(source, tmp_path / "out.gguf", "Q8_0")
+    with pytest.raises(InputError, match=f"{name} of type f16"):
+        predict_sizes(source, ["Q8_0"])
+    assert [p.name for p in tmp_path.iterdir()] == ["half-F16.gguf"]
+
+
 def test_importance_matrix_is_needed(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="IQ2_XXS without an importance matrix"):
         tiny_gguf.quantize_file(source, tmp_path / "out.gguf", "IQ2_XXS")
@@ -233,7 +243,12 @@ REFUSED_OPTIONS = {
     "rows that do not fill blocks": (896, "Q4_K_M", {"token_embedding_type": "q4_K"}, "rows of 896.*blocks of q4_K"),
     "full weights": (256, "BF16", {"tensor_types": ("attn_v=q8_0",)}, "tensor_types with BF16"),
     "embedding without importance": (256, "Q8_0", {"token_embedding_type": "iq2_xs"}, "without importance values"),
-    "layer without importance": (256, "Q8_0", {"tensor_types": ("attn_v=iq2_xs",)}, "without an importance matrix"),
+    "layer without importance": (
+        256,
+        "Q4_K_M",
+        {"tensor_types": ("attn_v=iq2_xs",)},
+        r"Found: blk\.0\.attn_v\.weight as iq2_xs without an importance matrix .* another type for that tensor",
+    ),
 }
 
 
