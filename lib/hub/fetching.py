@@ -78,7 +78,7 @@ def _download(repository: HubRepository | ModelScopeRepository) -> Snapshot:
         except SourceError as error:
             failures.append(error)
         except UnreachableError as error:
-            failures.append(_unreachable(remote, f"{host}: {error}"))
+            failures.append(_unreachable(remote, f"{host}: {error}", error.do))
         except MismatchError as error:
             otherwise = "set HF_ENDPOINT to another mirror" if remote.place == "hub" else "try again later"
             mismatch = refusal("hub/mismatch", SourceError, remote=remote, error=error, host=host, otherwise=otherwise)
@@ -90,9 +90,9 @@ def _download(repository: HubRepository | ModelScopeRepository) -> Snapshot:
     raise failures[0]
 
 
-def _unreachable(remote: Remote, reason: str) -> SourceError:
+def _unreachable(remote: Remote, reason: str, do: str = "") -> SourceError:
     """The error for a source that is neither in the cache nor reachable."""
-    mirror = "set HF_ENDPOINT to a mirror's address" if remote.place == "hub" else "try again later"
+    mirror = do or ("set HF_ENDPOINT to a mirror's address" if remote.place == "hub" else "try again later")
     mirror += " (and unset HF_HUB_OFFLINE)" if is_offline() else ""
     last = ", or to offline" if remote.kind == "model" else ""
     return refusal("hub/unreachable", SourceError, remote=remote, reason=reason, mirror=mirror, last=last)
@@ -200,7 +200,7 @@ class HubRepository:
 
         remote, place = self.remote, self.folder
         # a mirror's token is not shown to the hub
-        token = (get_token() or False) if address == self.addresses()[0] else False
+        token = (transport.token_of("HF_TOKEN", get_token()) or False) if address == self.addresses()[0] else False
         lock = place.parent / ".locks" / place.name / "workbook.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock), transport.open_client(build_hf_headers(token=token)) as client:
@@ -288,7 +288,7 @@ class ModelScopeRepository:
         """
         remote, place = self.remote, self.folder
         place.mkdir(parents=True, exist_ok=True)
-        token = os.environ.get("MODELSCOPE_API_TOKEN")
+        token = transport.token_of("MODELSCOPE_API_TOKEN", os.environ.get("MODELSCOPE_API_TOKEN"))
         headers = {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"} if token else {}
         base = f"{address}/api/v1/{remote.repository_type}s/{remote.id}/repo"
         revision = quote(remote.revision, safe="")

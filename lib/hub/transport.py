@@ -34,7 +34,15 @@ T = TypeVar("T")
 
 
 class UnreachableError(Exception):
-    """No usable answer after all tries; the message is the reason in a few words."""
+    """No usable answer after all tries; the message is the reason in a few words.
+
+    Args:
+        do: what to do, where that is known: the cause is a setting of this machine.
+    """
+
+    def __init__(self, reason: str, do: str = "") -> None:
+        super().__init__(reason)
+        self.do = do
 
 
 class MissingError(Exception):
@@ -54,7 +62,7 @@ def open_client(headers: Mapping[str, str]) -> httpx.Client:
     """A client that follows redirects (without the token, when they lead to another host).
 
     Raises:
-        UnreachableError: the environment names a proxy that cannot be one.
+        UnreachableError: the environment names a proxy that cannot be one, or certificates that are none.
     """
     import httpx
 
@@ -62,11 +70,29 @@ def open_client(headers: Mapping[str, str]) -> httpx.Client:
     timeout = httpx.Timeout(TIMEOUT, connect=10.0)
     try:
         return httpx.Client(headers={**plain, **headers}, follow_redirects=True, timeout=timeout)
+    except OSError:
+        raise UnreachableError("SSL_CERT_FILE or SSL_CERT_DIR names no certificates", _CERTIFICATES) from None
     except (ValueError, ImportError, httpx.InvalidURL):  # their words may hold the proxy's password
         raise UnreachableError(
             "HTTP_PROXY, HTTPS_PROXY or ALL_PROXY holds no address of a proxy, or one of a kind that needs another "
-            "package"
+            "package",
+            "correct or unset those variables",
         ) from None
+
+
+_CERTIFICATES = "set SSL_CERT_FILE to a file of the certificates (PEM) that servers or the proxy here bear, or unset it"
+
+
+def token_of(name: str, value: str | None) -> str | None:
+    """A token without spaces and line ends around it; None where there is none.
+
+    Raises:
+        UnreachableError: characters that no token has, and no header may hold.
+    """
+    token = (value or "").strip()
+    if not re.fullmatch("[!-~]*", token):
+        raise UnreachableError(f"{name} holds characters that no token has", f"set {name} to the token alone")
+    return token or None
 
 
 class _CutOffError(Exception):
@@ -77,7 +103,7 @@ def _failure(error: Exception) -> tuple[str, float | None, int]:
     """Why a request failed, the seconds that the server asks to wait, and how many tries that is worth.
 
     Raises:
-        HfHubHTTPError: a lasting refusal. UnreachableError: no web address, or a circle of redirects.
+        HfHubHTTPError: a lasting refusal. UnreachableError: no web address, a circle of redirects, no trusted server.
     """
     import httpx
     from huggingface_hub.errors import HfHubHTTPError
@@ -93,6 +119,8 @@ def _failure(error: Exception) -> tuple[str, float | None, int]:
         raise UnreachableError("an address must start with http:// or https://")
     if isinstance(error, httpx.TooManyRedirects):
         raise UnreachableError("it redirects in a circle")
+    if isinstance(error, httpx.ConnectError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+        raise UnreachableError("its certificate is not trusted here", _CERTIFICATES)
     connect = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
     return type(error).__name__, None, ATTEMPTS_CONNECT if connect else ATTEMPTS
 

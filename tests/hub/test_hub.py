@@ -8,6 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from lib.errors import InputError
@@ -201,6 +202,47 @@ def test_an_address_that_is_none(repository: Hub, name: str, address: str, monke
     monkeypatch.setenv("MODELSCOPE_DOMAIN", address if "://" in address else f"x://{address}")
     with pytest.raises(SourceError, match="cannot be reached"):
         fetch(name, "main", "model")
+
+
+@PLACES
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_certificates_that_are_none(
+    repository: Hub, name: str, content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content:
+        (tmp_path / "ca.pem").write_text(content)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    with pytest.raises(
+        SourceError, match=r"SSL_CERT_FILE or SSL_CERT_DIR names no certificates.*Do this: set SSL_CERT"
+    ):
+        fetch(name, "main", "model")
+
+
+def test_a_certificate_that_is_not_trusted_is_the_cause() -> None:
+    error = httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed (_ssl.c:1006)")
+
+    def ask() -> None:
+        raise error
+
+    with pytest.raises(transport.UnreachableError, match="its certificate is not trusted here") as found:
+        transport.patiently(ask)
+    assert "SSL_CERT_FILE" in found.value.do
+
+
+@PLACES
+@pytest.mark.parametrize("token", ["“hf_abc”", "hf_a\tb", "hf a"])
+def test_a_token_that_no_header_holds(repository: Hub, name: str, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variable = "MODELSCOPE_API_TOKEN" if ":" in name else "HF_TOKEN"
+    monkeypatch.setenv(variable, token)
+    with pytest.raises(SourceError, match=f"{variable} holds characters that no token has.*set {variable}") as refused:
+        fetch(name, "main", "model")
+    assert "abc" not in str(refused.value)
+
+
+def test_a_line_end_of_a_token_is_none_of_its_characters(repository: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", " abc\n")
+    fetch("modelscope:org/model", "main", "model")
+    assert all(headers.get("Authorization") == "Bearer abc" for *_, headers in repository.requests)
 
 
 def test_a_redirect_loop_ends(repository: Hub) -> None:
