@@ -18,6 +18,7 @@ TEMPLATES = "additional_chat_templates"
 FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "chat_template.jinja", "chat_template.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "vocab.txt"),  # of older models
 )
 """What a tokenizer's folder may hold, beside the folder `TEMPLATES`."""
 

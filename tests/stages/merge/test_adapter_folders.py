@@ -206,6 +206,13 @@ def answers(folder: Path) -> tuple[int, str]:
     return len(tokenizer(NEW)["input_ids"]), tokenizer.chat_template
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.txt"])
+def test_files_of_older_tokenizers_go_along(name: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    (base / name).write_bytes(b"pieces")
+    merge_folders(base, adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / name).read_bytes() == b"pieces"
+
+
 def test_tokens_of_the_adapter_are_taken(base: Path, adapter: Path, tmp_path: Path) -> None:
     template, pieces = answers(base)[1], answers(base)[0]
     reconfigure(adapter, base_model_name_or_path=str(base))
