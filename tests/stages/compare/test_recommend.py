@@ -227,7 +227,9 @@ def test_pick(size: float | None, loss: float, chosen: str | None, reason: str) 
     found = pick_file(compared(), size, loss)
     assert (found["type"], found["reason"]) == (chosen, reason)
     assert found["file"] == (chosen and f"{chosen}.gguf")
-    assert found["type"] is not None or "None: the smallest file that is good enough" in found["text"]
+    best = "the smallest file that is good enough" if loss == 1.0 else "the reference itself"
+    assert found["type"] is not None or f"None: {best}" in found["text"]
+    assert ("Recommended" in found["text"]) == (chosen in ("Q4_K_M", "Q3_K_M"))
 
 
 def test_pick_is_the_rule_of_07() -> None:
