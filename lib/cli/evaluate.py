@@ -152,6 +152,8 @@ def evaluate(
 
     if output is not None:
         _refuse_unwritable(output)
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"--dtype {dtype!r}.", "auto, float32 or bfloat16.", "choose one of them.")
     task = rows_from.task()
     rows, source = rows_from.rows(task)
     result = evaluate_models(

@@ -16,6 +16,7 @@ from lib.models.configurations import read_adapter_configuration
 from lib.models.gguf_file import check_gguf, read_tensors
 from lib.models.gguf_tokenizer import same_vocabulary, tokenizer_from_gguf
 from lib.models.loading import load_as_saved, load_model, load_tokenizer, quantization_method
+from lib.models.tokenizer_files import chat_templates, differences, reader
 from lib.progress import say
 from lib.prompts.tasks import Task, task_from_json
 from lib.prompts.templates import ASSISTANT
@@ -58,12 +59,14 @@ class FoundModel:
     Attributes:
         path: its .gguf file, or its folder; of an adapter that of its base.
         adapter: folder of the adapter; None of a whole model.
-        tokenizer: folder of the tokenizer; None of a .gguf file, which holds its own.
+        tokenizer, template: folders of the tokenizer and of the chat template; None of a .gguf file, which holds its
+            own.
     """
 
     path: Path
     adapter: Path | None = None
     tokenizer: Path | None = None
+    template: Path | None = None
 
 
 def find_model(model: str, options: ModelOptions) -> FoundModel:
@@ -79,7 +82,7 @@ def find_model(model: str, options: ModelOptions) -> FoundModel:
         base_model.refuse_bad_template(folder)
         return FoundModel(folder)
     if (folder / "adapter_config.json").is_file():
-        adapter = tokenizer = folder
+        adapter = folder
         require_adapter(adapter)
         base = options.base_model or read_adapter_configuration(folder).get("base_model_name_or_path")
         if not base:
@@ -88,14 +91,25 @@ def find_model(model: str, options: ModelOptions) -> FoundModel:
         base_model.refuse_other_folder(adapter, path)
         if named := base_model.named_otherwise(adapter, base, str(path)):
             say(f"{folder} names {named} as its base; whether {base} is the same was not checked")
-        if not (adapter / "tokenizer.json").is_file():
-            tokenizer = path
+        own = differences(adapter, path)  # as merging takes them
+        tokenizer, template = adapter if own.keys() - {"template"} else path, adapter if "template" in own else path
     else:
         adapter = None
-        path = tokenizer = _base_folder(model, options.revision, {})
-    base_model.refuse_bad_template(tokenizer)
-    load_tokenizer(tokenizer)
-    return FoundModel(path, adapter, tokenizer)
+        path = tokenizer = template = _base_folder(model, options.revision, {})
+    base_model.refuse_bad_template(template)
+    tokenizer_of(tokenizer, template)
+    return FoundModel(path, adapter, tokenizer, template)
+
+
+def tokenizer_of(folder: Path, template: Path) -> Any:
+    """The tokenizer of a folder, with the chat template of the same or of another one."""
+    tokenizer = load_tokenizer(folder, chat=folder == template)
+    if folder != template:
+        written = chat_templates(template, reader(template)("tokenizer_config.json")).get("default")
+        if not written:
+            raise refusal("models/no-template", path=template)
+        tokenizer.chat_template = written
+    return tokenizer
 
 
 def _check_whole(path: Path) -> None:
@@ -161,6 +175,7 @@ def evaluate_models(
     shared = {"task": task.to_json(), "rows": [dict(row) for row in rows], **vars(options)}
     results = []
     found_models = [find_model(str(model), options) for model in models]
+    _refuse_without_effect(options, found_models)
     for model, files in zip(map(str, models), found_models, strict=True):
         argument = {**shared, **vars(files), "model": model, "keep": keep and journal_path(keep, model)}
         try:
@@ -175,6 +190,19 @@ def evaluate_models(
     if keep is not None:
         shutil.rmtree(keep)
     return {"data": {**(data or {}), "n": len(rows), **result_of(task).asked(task)}, "models": results}
+
+
+def _refuse_without_effect(options: ModelOptions, models: Sequence[FoundModel]) -> None:
+    """Refuse an option that none of the models heeds."""
+    full = any(m.path.is_dir() and (m.adapter or not quantization_method(m.path)) for m in models)
+    given = {
+        "--load-in-4bit": (options.load_in_4bit and not full, "a folder of full weights"),
+        "--dtype": (options.dtype != "auto" and not full, "a folder of full weights"),
+        "--base-model": (options.base_model is not None and not any(m.adapter for m in models), "an adapter"),
+    }
+    for option, (idle, expected) in given.items():
+        if idle:
+            raise InputError(f"{option} for models that it changes nothing of.", f"{expected}.", f"leave out {option}.")
 
 
 def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +252,7 @@ def open_model(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any]:
         dtype, _ = compute_dtype(argument["dtype"])
         model = load_model(path, dtype=dtype, load_in_4bit=in_4bit, adapter=adapter)
     backend = TransformersBackend(model, argument["batch_size"], argument["model"])
-    return backend, load_tokenizer(Path(argument["tokenizer"]))
+    return backend, tokenizer_of(Path(argument["tokenizer"]), Path(argument["template"]))
 
 
 def _tokenizer_for(path: Path, of_run: str | None) -> Any:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
+from lib.cli.evaluate import evaluate
 from lib.errors import InputError
 from lib.scoring.backend import journal_path
-from lib.stages.evaluate.standalone import evaluate_models
+from lib.stages.evaluate.standalone import ModelOptions, evaluate_models, find_model, tokenizer_of
+from lib.stages.merge.weights import merge_folders
 from tests.scoring.conftest import Tiny
 from tests.stages.evaluate.conftest import save_adapter, test_rows
 
@@ -69,6 +72,50 @@ def test_nothing_is_scored_where_a_later_model_is_wrong(
     with pytest.raises(InputError, match=words):
         evaluate_models([small.gguf, _wrong(kind, small, tmp_path)], test_rows()[:2], small.task)
     assert scored == []
+
+
+OWN = "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json"])
+def test_an_adapter_is_asked_by_the_template_that_merging_takes(where: str, small: Tiny, tmp_path: Path) -> None:
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    save_adapter(small, adapter)
+    if where == "chat_template.jinja":
+        (adapter / where).write_text(OWN)
+    else:
+        settings = json.loads((small.folder / where).read_text())
+        (adapter / where).write_text(json.dumps(settings | {"chat_template": OWN}))
+    merge_folders(small.folder, adapter, merged)
+    turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    prompts = []
+    for model in (adapter, merged):
+        found = find_model(str(model), ModelOptions())
+        prompts.append(tokenizer_of(found.tokenizer, found.template).apply_chat_template(turns, tokenize=False))
+    assert prompts == ["[system] a\n[user] b\n"] * 2
+
+
+def test_an_adapter_with_the_tokenizer_alone_is_asked_by_the_bases_template(small: Tiny, tmp_path: Path) -> None:
+    save_adapter(small, tmp_path / "adapter")
+    shutil.copy(small.folder / "tokenizer.json", tmp_path / "adapter")
+    found = find_model(str(tmp_path / "adapter"), ModelOptions())
+    assert (found.tokenizer, found.template) == (small.folder, small.folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [({"load_in_4bit": True}, "--load-in-4bit"), ({"dtype": "float32"}, "--dtype"), ({"base_model": "x"}, "--base")],
+)
+def test_an_option_that_no_model_heeds_is_refused(options: dict, word: str, small: Tiny, scored: list[str]) -> None:
+    with pytest.raises(InputError, match=f"{word}.* for models that it changes nothing of"):
+        evaluate_models([small.gguf], test_rows()[:2], small.task, options=ModelOptions(**options))
+    assert scored == []
+
+
+@pytest.mark.parametrize("dtype", ["bogus", "int8", "float16", "float64"])
+def test_a_number_format_that_is_not_computed_with(dtype: str) -> None:
+    with pytest.raises(InputError, match=f"--dtype '{dtype}'.*auto, float32 or bfloat16"):
+        evaluate(["m"], dtype=dtype)
 
 
 def test_where_the_scores_are_kept_is_said(
