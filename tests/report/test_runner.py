@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from lib.runs.run import open_run
 from lib.settings import Settings
 from lib.stages.data.cleaning import LabelledRows
 from lib.stages.finetune.stage import PARAMETERS
+from tests.stages.convert.convertible import write_model
 from tests.support.pages import broken_links, problems
 
 pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
@@ -329,6 +331,25 @@ def test_to_ends_there_and_leaves_no_later_page(home: Path, params: Path, write_
     assert not any("02_second" in line for line in lines)
     with pytest.raises(InputError, match="--from 2 --to 1"):
         report(params, home, start_from="2", end_at="1")
+
+
+@pytest.mark.parametrize("end", [None, "04"])
+def test_a_base_that_05_would_refuse_is_refused_before_the_training(
+    end: str | None, home: Path, params: Path, write_notebook: Writer
+) -> None:
+    base = write_model(home / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    params.write_text(f"{params.read_text()}base_model: {base}\n")
+    own = STAGE.replace("'offline_base': True, 'base_model': 'offline'", "'base_model': base_model")
+    write_notebook("01_data", own, parameters="run_name: str = ''\nseed: int = 1\nbase_model: str = ''")
+    for name in ("02_finetune", "03_evaluate", "04_merge", "05_convert_gguf"):
+        write_notebook(name, "seed")
+    with pytest.raises(ReportError, match=r"^02_finetune: ") as refused:
+        report(params, home, end_at=end)
+    assert ("hidden_act 'gelu'" in str(refused.value)) == (end is None)  # the notebook itself makes no adapter
+    assert end or refused.value.exit_code == 2
+    assert [path.name for path in (home / "reports" / "test").glob("0*.html")] == ["01_data.html"]
 
 
 def test_refused_parameters_leave_an_old_report_alone(home: Path, params: Path, write_notebook: Writer) -> None:

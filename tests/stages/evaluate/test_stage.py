@@ -89,9 +89,8 @@ def test_any_model(small, tmp_path, kind, monkeypatch):
 
         reference = PeftModel.from_pretrained(tiny.make_model(), model)
     rows = test_rows()
-    answer = evaluate_models(
-        [model], rows, small.task, {"source": "here"}, options=ModelOptions(dtype="float32", n_threads=1)
-    )
+    options = ModelOptions(dtype="auto" if kind == "gguf" else "float32", n_threads=1)
+    answer = evaluate_models([model], rows, small.task, {"source": "here"}, options=options)
     direct = score_rows(TransformersBackend(reference), small.tokenizer, small.task, rows, "scoring")
     assert answer["data"] == {"source": "here", "n": 40, "labels": ["负面", "正面"]}
     (entry,) = answer["models"]
