@@ -43,6 +43,12 @@ class BudgetOptions:
         needed = (budget, "model", "text" if self.data is None else "data")
         given = {f"--{name.replace('_', '-')}": getattr(self, name) for name in needed}
         lacking = [name for name, value in given.items() if value is None]
+        heeded = {"text_column": ("--text", self.text), "answer_weight": ("--data", self.data)}
+        heeded["n_ctx"] = ("--text or --data", self.text or self.data)
+        for name, (place, there) in heeded.items():
+            if there is None and getattr(self, name) != _DEFAULT[name]:
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(f"{option} without {place}.", "a size budget that is measured there.", "leave it out.")
         if len(lacking) == 3:
             return None
         if lacking or self.model is None:
@@ -61,6 +67,9 @@ class BudgetOptions:
         assert self.text is not None
         text = read_text(self.text, self.text_column, "train")
         return Budget(most, self.model, text, user_path(str(self.text)), self.n_ctx)
+
+
+_DEFAULT = vars(BudgetOptions())
 
 
 def quantize(

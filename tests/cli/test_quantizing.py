@@ -116,6 +116,9 @@ def test_an_importance_matrix_of_a_text(folder: Path, tmp_path: Path) -> None:
 REFUSED = {
     "no model": (("--size-budget-mb", "1"), "--size-budget-mb without --model and --text"),
     "no budget": (("--model", "x"), "--model without --size-budget-mb and --text"),
+    "a column alone": (("Q4_0", "--text-column", "a"), "--text-column without --text"),
+    "windows alone": (("Q4_0", "--n-ctx", "64"), "--n-ctx without --text or --data"),
+    "a weight alone": (("Q4_0", "--answer-weight", "0.3"), "--answer-weight without --data"),
     "two budgets": (("--size-budget-mb", "1", "--bits-per-weight", "4"), "one budget in two units"),
     "bits alone": (("--bits-per-weight", "4"), "--bits-per-weight without --model and --text"),
     "nothing": ((), "no type"),
