@@ -21,7 +21,7 @@ from lib.runs.child import StoppedError, run_child
 from lib.runs.files import atomic_path, data_file, require_space, writable
 from lib.runs.machine import available_memory, llama_cpp_problem, physical_cores
 from lib.runs.run import Product
-from lib.settings import TENSOR_TYPES
+from lib.settings import IMATRIX_TYPES, TENSOR_TYPES
 
 # The names of llama.cpp's recipes ("Q4_K_M"), and what may be changed about one.
 #
@@ -252,9 +252,14 @@ def require_matrix(predictions: Sequence[dict[str, Any]], options: Options) -> N
     Raises:
         InputError: with the first such type.
     """
-    needing = [prediction["type"] for prediction in predictions if prediction["needs_imatrix"]]
+    needing = [prediction for prediction in predictions if prediction["needs_imatrix"]]
     if needing and options.imatrix is None:
-        raise refusal("quantize/no-matrix", needing=needing)
+        found, other = needing[0]["type"], "choose a K-type, e.g. Q2_K."
+        if found not in IMATRIX_TYPES:  # an option asks for it
+            low = min(needing[0]["set_by_hand"], key=lambda row: (not row["type"].startswith("iq"), row["type"]))
+            other = f"choose another type for that tensor, e.g. {low['recipe']} as in {found}."
+            found = f"{low['tensor']} as {low['type']}"
+        raise refusal("quantize/no-matrix", found=found, other=other)
 
 
 def check_output(source: Path, output: Path) -> None:

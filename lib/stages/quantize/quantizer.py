@@ -175,10 +175,6 @@ def _header_keys(options: Options, matrix: Imatrix | None) -> dict[str, str | in
     return {**(matrix.header_keys() if matrix else {}), **dict(options.notes)}
 
 
-def _needs_matrix(log: Log) -> bool:
-    return any("will require an imatrix" in line for line in log.lines)
-
-
 def planned_types(log: Log) -> dict[str, str]:
     """{tensor: new type} of the tensors that a dry run would change."""
     matches = [match for line in log.lines if (match := _TENSOR_LINE.match(line))]
@@ -249,29 +245,19 @@ class Source:
         self._check_effect(recipe, tensors, fallbacks)
         self.check_coverage(planned_types(log))
         self._check_importance_of_embeddings(tensors)
-        usual_log = self.dry_run(recipe, Options()) if self.options.any_types() else log
-        usual = self._as_planned(usual_log)
-        by_hand = [
-            {"tensor": name, "recipe": usual[name].type, "type": tensor.type}
-            for name, tensor in tensors.items()
-            if tensor.type != usual[name].type
-        ]
-        if _needs_matrix(log) and not _needs_matrix(usual_log):
-            low = min(by_hand, key=lambda row: tensors[row["tensor"]].bytes / tensors[row["tensor"]].weights)
-            raise InputError(
-                f"{low['tensor']} as {low['type']} without an importance matrix ({recipe} alone needs none).",
-                "an importance matrix for this type.",
-                "give one (--imatrix FILE, made by `workbook imatrix` or llama-imatrix), or choose another type for "
-                f"that tensor, e.g. {low['recipe']}.",
-            )
+        usual = self._as_planned(self.dry_run(recipe, Options())) if self.options.any_types() else tensors
         return {
             "type": recipe,
             "header_bytes": self.header.size_when_quantized,
             "bytes": self.header.size_when_quantized + sum(padded(tensor.bytes) for tensor in tensors.values()),
             **_totals(tensors),
             "fallbacks": fallbacks,
-            "set_by_hand": by_hand,
-            "needs_imatrix": _needs_matrix(log),
+            "set_by_hand": [
+                {"tensor": name, "recipe": usual[name].type, "type": tensor.type}
+                for name, tensor in tensors.items()
+                if tensor.type != usual[name].type
+            ],
+            "needs_imatrix": any("will require an imatrix" in line for line in log.lines),
         }
 
     def _as_planned(self, log: Log) -> Tensors:

@@ -247,7 +247,7 @@ REFUSED_OPTIONS = {
         256,
         "Q4_K_M",
         {"tensor_types": ("attn_v=iq2_xs",)},
-        r"Found: blk\.0\.attn_v\.weight as iq2_xs without an importance matrix .* another type for that tensor",
+        r"Found: blk\.0\.attn_v\.weight as iq2_xs without an importance matrix\. .* another type for that tensor",
     ),
 }
 
