@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from lib.errors import InputError, refusal
 from lib.models.configurations import HEADS, read_adapter_configuration, refuse_other_task
+from lib.models.gguf_file import TABLES
 from lib.models.weights import StoredTensor, infinite, largest_magnitude, read_file, read_object
 
 WEIGHTS = "adapter_model.safetensors"
@@ -34,15 +35,7 @@ _NAMED = re.compile(
     r"\.(?!(?:weight|bias)$)([^.]+)"
 )
 """A role and the adapter's name, which save_pretrained() takes out."""
-_FOREIGN = {
-    r"[._]lora[._](down|up)\b": ("lora_down and lora_up, of trainers of image models", "save it with peft"),
-    r"\.lora_[ab](\.weight)?$": (
-        "lora_a and lora_b, of MLX, torchtune or llama.cpp",
-        "fuse it into its base with the program that trained it, and give that model as base_model",
-    ),
-    r"(^|[._])(hada_w|lokr_w)": ("LoHa or LoKr", "use a LoRA adapter"),
-    r"\.adapter\.linear_(in|out)\.": ("NeMo or Megatron", "convert it to peft's format"),
-}
+_FOREIGN: dict[str, list[str]] = TABLES["foreign_adapters"]
 """Names of tensors → who writes them, and what to do."""
 
 

@@ -196,13 +196,7 @@ _OTHER_CLASS = re.compile(
     r"For(SequenceClassification|TokenClassification|QuestionAnswering|RewardModel|MultipleChoice|MaskedLM"
     r"|NextSentencePrediction|FeatureExtraction|TextEncoding|SequenceRegression|ProcessReward)$|RewardModel$"
 )
-OTHER_TASKS = {
-    "SEQ_CLS": "a classifier",
-    "TOKEN_CLS": "a classifier of single tokens",
-    "QUESTION_ANS": "a model that marks answers in a text",
-    "FEATURE_EXTRACTION": "an embedding model",
-    "SEQ_2_SEQ_LM": "an encoder with a decoder",
-}
+OTHER_TASKS: dict[str, str] = TABLES["other_tasks"]
 """task_type of peft that no causal language model has → what it trains."""
 
 

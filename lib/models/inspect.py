@@ -12,7 +12,7 @@ from lib.errors import InputError
 from lib.models import tokenizer_files
 from lib.models.adapters import folder_kind, has_lora, read_adapter, shape_of
 from lib.models.configurations import check_configuration, check_sizes, refuse_other_task
-from lib.models.gguf_file import NUMBERS, TensorInfo, computes_in_float32, data_end, read_gguf
+from lib.models.gguf_file import NUMBERS, TABLES, TensorInfo, computes_in_float32, data_end, read_gguf
 from lib.models.weights import Weights, impostor, open_weights, read_object
 from lib.prompts.templates import describe_template
 
@@ -173,14 +173,7 @@ def _compare_with_base(found: _Findings) -> None:
         found.notes.append("a tokenizer or template of its own: where it differs from the base's, merging takes it")
 
 
-_SIZES = {
-    "layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "heads": "num_attention_heads",
-    "key_value_heads": "num_key_value_heads",
-    "feed_forward": "intermediate_size",
-    "context": "max_position_embeddings",
-}
+_SIZES: dict[str, str] = TABLES["sizes"]
 """What is said of a model → its key in config.json."""
 
 

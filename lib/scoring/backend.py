@@ -23,7 +23,7 @@ import numpy as np
 from lib.errors import InputError, refusal
 from lib.progress import Progress
 from lib.runs.child import peak_memory_mib
-from lib.runs.files import read_jsonl, sha256_file, sha256_json
+from lib.runs.files import data_file, read_jsonl, sha256_file, sha256_json
 
 # Scores and answers that are kept as they come: one JSON line a batch behind a header, so that killed work continues.
 #
@@ -201,16 +201,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 _BATCH = {"rows", "values", "seconds", "peak_memory_mib"}
 
-_PARTS = {
-    "model": "another model",
-    "rows": "other rows",
-    "prompts": "other prompts",
-    "labels": "other labels",
-    "spans": "other answers",
-    "writing": "another way of writing",
-    "settings": "other settings",
-    "format": "another version",
-}
+_PARTS: dict[str, str] = data_file("scoring/parts.yaml")
 """Parts of a header, in words where another one stands there."""
 
 
