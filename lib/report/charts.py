@@ -301,7 +301,7 @@ def _name_points(ax: Any, points: Mapping[str, tuple[float, float]]) -> None:
     """Write the name of every point beside it, where it covers no other point and no other name, if there is room."""
     from matplotlib.transforms import Bbox
 
-    canvas, taken = ax.figure.canvas, []
+    taken: list[Bbox] = []
     ax.figure.draw_without_rendering()  # places on the canvas are known only then
     marks = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in ax.transData.transform(list(points.values()))]
     for number, (name, place) in enumerate(sorted(points.items(), key=lambda point: point[1])):
@@ -311,7 +311,7 @@ def _name_points(ax: Any, points: Mapping[str, tuple[float, float]]) -> None:
                 shown.remove()
             side = {"ha": "left" if right > 0 else "right", "va": "bottom" if above > 0 else "top", "fontsize": 8}
             shown = ax.annotate(name, place, (4 * right, 4 * above), textcoords="offset points", **side)
-            box = shown.get_window_extent(canvas.get_renderer())
+            box = shown.get_window_extent()
             if not any(box.overlaps(other) for other in (*taken, *marks)):
                 break
         taken.append(box)
