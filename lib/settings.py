@@ -37,6 +37,7 @@ def _table(name: str) -> dict[str, Any]:
 
 
 _FORMATS = _table("formats.yaml")
+_CONTRADICTIONS: dict[str, str] = _table("contradictions.yaml")
 QUANTIZATION_TYPES, IMATRIX_TYPES = tuple(_FORMATS["quantization"]), tuple(_FORMATS["imatrix"])
 TENSOR_TYPES, EXPORT_FORMATS = tuple(_FORMATS["tensor"]), tuple(_FORMATS["export"])
 
@@ -197,32 +198,20 @@ class Settings(_Keys):
     def _consistent(self, info: ValidationInfo) -> Settings:
         part = info.context == PART and "task" not in self.model_fields_set
         labelled, needing = self.task == "classification", [name for name in self.ladder if name in IMATRIX_TYPES]
-        contradictions = {
-            f"{', '.join(needing)} in ladder need an importance matrix: set imatrix: auto, or leave them out": (
-                needing and self.imatrix in ("", "none")
-            ),
-            "size_budget_mb and size_budget_bpw are one budget in two units: set one of them to 0": (
-                self.size_budget_mb and self.size_budget_bpw
-            ),
-            f"perplexity_tokens ({self.perplexity_tokens}) must be at least n_ctx ({self.n_ctx})": (
-                self.perplexity_tokens < self.n_ctx
-            ),
-            f"the sample corpus holds labelled reviews: set dataset to your own for task {self.task}": (
-                not labelled and self.dataset == SAMPLE_DATASET
-            ),
-            "folds trains a model for each part of the rows: leave adapter out, or set folds to 1": (
-                self.folds > 1 and self.adapter
-            ),
-            "answers of a classification are single words: thinking must be false": labelled and self.thinking,
-            f"{SENTIMENT_PROMPT!r} is the sentiment task's system turn: set system_prompt for task {self.task} "
-            '("" = an empty one)': not labelled and self.system_prompt == SENTIMENT_PROMPT,
-            **{
-                f"{key} has no effect with task {self.task}: leave it out": getattr(self, key) != default
-                for key, default in ({} if part else _OF_ANSWERS if labelled else _OF_LABELS).items()
-            },
+        found = {
+            "matrix": needing and self.imatrix in ("", "none"),
+            "budgets": self.size_budget_mb and self.size_budget_bpw,
+            "window": self.perplexity_tokens < self.n_ctx,
+            "sample": not labelled and self.dataset == SAMPLE_DATASET,
+            "folds": self.folds > 1 and self.adapter,
+            "thinking": labelled and self.thinking,
+            "prompt": not labelled and self.system_prompt == SENTIMENT_PROMPT,
         }
-        if first := next((words for words, found in contradictions.items() if found), None):
-            raise ValueError(first)
+        if first := next((text for name, text in _CONTRADICTIONS.items() if found[name]), None):
+            raise ValueError(first.format(own=self, needing=", ".join(needing), prompt=SENTIMENT_PROMPT))
+        for key, default in ({} if part else _OF_ANSWERS if labelled else _OF_LABELS).items():
+            if getattr(self, key) != default:
+                raise ValueError(f"{key} has no effect with task {self.task}: leave it out")
         return self
 
     @property

@@ -119,11 +119,7 @@ def _describe_tokenizer(found: _Findings) -> None:
     }
 
 
-_VARIANTS = {
-    "modules_to_save": "fully trained copies of",
-    "rank_pattern": "other ranks for",
-    "alpha_pattern": "other alphas for",
-}
+_VARIANTS: dict[str, str] = TABLES["variants"]
 """Key of adapter_config.json → what a value of it means."""
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError, refusal, refusing
-from lib.runs.files import once, refuse_device
+from lib.runs.files import data_file, once, refuse_device
 
 if TYPE_CHECKING:
     import torch
@@ -326,11 +326,7 @@ def weight_map(folder: Path) -> dict[str, str] | None:
     return found
 
 
-_ELSEWHERE = {
-    "adapter": "give the base as model and this folder as adapter (workbook merge).",
-    "consolidated": "download the files in transformers' format: these tensors have their maker's names.",
-    "": f"rename the file to {SINGLE}; of several parts, load them where they were made and call save_pretrained().",
-}
+_ELSEWHERE: dict[str, str] = data_file("models/architectures.yaml")["elsewhere"]
 """Beginning of the name of a safetensors file that transformers does not look for → what to do."""
 
 

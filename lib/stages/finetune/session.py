@@ -23,7 +23,7 @@ from lib.progress import Progress, track
 from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task, read_task
 from lib.runs import machine
-from lib.runs.files import read_json, read_jsonl, require_space, write_json, write_jsonl
+from lib.runs.files import data_file, read_json, read_jsonl, require_space, write_json, write_jsonl
 from lib.runs.machine import device_peak, no_warnings, peak_memory, quiet
 from lib.stages.finetune import checkpoints, memory
 from lib.stages.finetune.memory import with_adapter
@@ -213,10 +213,7 @@ def _choose(log: list[dict[str, Any]], folder: Path) -> checkpoints.Checkpoint:
 MEMORY_RECORD = "out_of_memory.json"
 """Beside the checkpoints: the sizes that did not fit. A continued training begins with those that did."""
 
-NO_MEMORY = (
-    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "MPS backend out of memory"),
-    *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
-)
+NO_MEMORY: list[str] = data_file("stages/finetune/names.yaml")["no_memory"]
 """In a RuntimeError that is no torch.OutOfMemoryError: cuBLAS, cuDNN, Apple's GPU, the processor's memory."""
 
 

@@ -19,7 +19,7 @@ from lib.models.merge_plan import check_fit
 from lib.models.tokenizer_files import differences
 from lib.models.weights import open_weights
 from lib.runs import machine
-from lib.runs.files import read_json, read_jsonl, render, user_path, write_json, write_jsonl, write_text
+from lib.runs.files import data_file, read_json, read_jsonl, render, user_path, write_json, write_jsonl, write_text
 from lib.runs.machine import quiet, read_samples, resources_recorded, summary
 from lib.runs.run import Product, ProductDraft, Run
 from lib.select.choice import BEST_OF, Best, best_of, write_analysis
@@ -30,11 +30,7 @@ from lib.stages.finetune.session import TrainingInputs, train, until_it_fits
 
 RESOURCES = "resources.jsonl"
 
-PARAMETERS = (
-    *("seed", "load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "learning_rate"),
-    *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "dtype"),
-    *("gradient_checkpointing", "save_steps", "num_processes"),
-)
+PARAMETERS: list[str] = data_file("stages/finetune/names.yaml")["parameters"]
 """Settings that a trained adapter depends on (those of the data come in through the data product)."""
 
 
