@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from lib.errors import InputError, refusal
+from lib.runs.files import data_file
 
 MODELSCOPE = "modelscope:"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -148,10 +149,7 @@ def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in ("1", "ON", "YES", "TRUE")
 
 
-MODEL_PATTERNS = (
-    *("*.json", "*.jinja", "*.safetensors", "merges.txt", "vocab.txt", "*.model"),
-    *("README.md", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja"),
-)
+MODEL_PATTERNS: list[str] = data_file("hub/patterns.yaml")["model"]
 """Files of a model that are fetched, from these folders of the repository: never pickles, never code."""
 DATA_SUFFIXES = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
 _NO_DATA = ("dataset_infos.json", "requirements.txt", "readme.txt", "license.txt", "labels.txt")

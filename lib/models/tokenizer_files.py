@@ -10,16 +10,13 @@ from typing import Any
 
 from lib.errors import refusal, refusing
 from lib.models.weights import INDEX, SINGLE, read_object
+from lib.runs.files import data_file
 
 Read = Callable[[str], dict[str, Any]]
 """File name → its JSON object; empty where there is no such file."""
 
 TEMPLATES = "additional_chat_templates"
-FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "chat_template.jinja", "chat_template.json"),
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tiktoken.model", "vocab.txt"),  # of older models
-)
+FILES: list[str] = data_file("models/architectures.yaml")["tokenizer_files"]
 """What a tokenizer's folder may hold, beside the folder `TEMPLATES`."""
 
 

@@ -17,7 +17,7 @@ from lib.models.gguf_tokenizer import tokenizer_from_gguf
 from lib.progress import say
 from lib.prompts.tasks import Task
 from lib.runs.child import run_child
-from lib.runs.files import writable, write_json
+from lib.runs.files import data_file, writable, write_json
 from lib.runs.machine import cpu_name, llama_cpp_problem, physical_cores
 from lib.scoring.backend import found_done, journal_path
 from lib.scoring.log_probabilities import load_scores
@@ -335,12 +335,7 @@ def _judged(metric: Metric, measured: Sequence[Measured], asked: Comparison) -> 
     return entries
 
 
-_OWN_TEXT = {
-    **dict.fromkeys(("kld_mean", "kld_uncertainty", "kld_low", "kld_high", "kld_median", "kld_p99", "kld_max"), 0.0),
-    "kld_mean_interval": None,
-    "same_top": 1.0,
-    "ppl_ratio": 1.0,
-}
+_OWN_TEXT: dict[str, float | None] = data_file("stages/compare/own_text.yaml")
 """How far the reference is from itself, by definition."""
 
 

@@ -371,10 +371,7 @@ class RowsOfTask:
 class LabelledRows(RowsOfTask):
     """Texts with a label each."""
 
-    keys = (
-        *("dataset", "text_column", "label_column", "label_names", "split", "system_prompt", "user_prompt"),
-        *("base_model", "revision", "max_seq_length", "max_train_rows", "max_eval_rows", "test_share", "seed"),
-    )
+    keys: Sequence[str] = NAMES["settings"]["labelled"]
     whole: Rows | None = None
     fewest = 10
     cluster = "duplicate cluster"

@@ -194,10 +194,7 @@ def in_tags_of(tokenizer: Any, messages: Sequence[Message], changed: Counter[str
 class Conversations(RowsOfTask):
     """Rows of turns whose answers are free text."""
 
-    keys = (
-        *("task", "thinking", "dataset", "split", "system_prompt", "base_model", "revision"),
-        *("max_seq_length", "max_train_rows", "max_eval_rows", "test_share", "seed"),
-    )
+    keys: Sequence[str] = NAMES["settings"]["conversations"]
     fewest = 5
     cluster = "group"
     rule = "group (openings or texts nearly the same, or opening within opening), seed {seed}; copies dropped first"

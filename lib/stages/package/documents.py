@@ -21,7 +21,7 @@ from scipy.special import log_softmax
 from lib.prompts.conversations import escape
 from lib.prompts.templates import ROLES, Turns, end_of_turn_id
 from lib.runs.child import run_child
-from lib.runs.files import render
+from lib.runs.files import data_file, render
 from lib.scoring.generation import end_ids, llama_feed, write
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.stages.package.facts import TOLERANCE, TOLERANCE_SHARE, Facts, sentences_for
@@ -33,10 +33,7 @@ if TYPE_CHECKING:
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
-_TRAINING = (
-    *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("lora_r", "lora_alpha", "load_in_4bit", "seed"),
-)
+_TRAINING: list[str] = data_file("stages/package/card.yaml")["training"]
 """Settings that the card shows."""
 _LABELLED, _WRITTEN = {"accuracy": ".4f"}, {"answer_ppl": ".3f", "answer_ratio": ".4f"}
 """What the card shows of the evaluation, with the form of the numbers."""
