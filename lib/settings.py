@@ -37,7 +37,7 @@ def _table(name: str) -> dict[str, Any]:
 
 
 _FORMATS = _table("formats.yaml")
-_CONTRADICTIONS: dict[str, str] = _table("contradictions.yaml")
+_ERRORS = _table("settings_errors.yaml")
 QUANTIZATION_TYPES, IMATRIX_TYPES = tuple(_FORMATS["quantization"]), tuple(_FORMATS["imatrix"])
 TENSOR_TYPES, EXPORT_FORMATS = tuple(_FORMATS["tensor"]), tuple(_FORMATS["export"])
 
@@ -80,10 +80,7 @@ def _distinct_labels(value: list[str]) -> list[str]:
     if same := next((pair for pair in itertools.combinations(value, 2) if folded(pair[0]) == folded(pair[1])), None):
         raise ValueError(f"expected names that differ when labels are read; {same[0]!r} and {same[1]!r} do not")
     if spaced := [name for name in value if name != name.strip()]:
-        raise ValueError(
-            f"expected names without leading or trailing white space (the answer follows the prompt directly); "
-            f"found {spaced[0]!r}"
-        )
+        raise ValueError(_ERRORS["spaces"].format(name=spaced[0]))
     return value
 
 
@@ -94,10 +91,7 @@ def _known_fallbacks(value: list[dict[str, str | int]]) -> list[dict[str, str | 
         hashed = re.fullmatch("[0-9a-fA-F]{64}", str(entry.get("sha256", "0" * 64)))
         counted = "rows" not in entry or ("dataset" in entry and typed and entry["rows"] > 0)
         if not (typed and known and hashed and counted and ("base_model" in entry) != ("dataset" in entry)):
-            raise ValueError(
-                "expected mappings with base_model or dataset, and where known revision, sha256 (64 hexadecimal "
-                f"digits) and, of a dataset, rows (a whole number); found {entry}"
-            )
+            raise ValueError(_ERRORS["fallbacks"].format(entry=entry))
     return value
 
 
@@ -111,10 +105,7 @@ def _one_text(value: str) -> str:
     if value.count("{text}") != 1 or "{{text}}" in value or "${text}" in value:
         raise ValueError("expected exactly one {text}, without further braces or $ (they would reach the model)")
     if other := re.search(r"\{(?!text\})[^\W\d]\w*\}", value):
-        raise ValueError(
-            f"{other[0]} would reach the model as it is: only {{text}} is filled in. Options of a question (columns A, "
-            "B, …, or options) are joined to its text by themselves"
-        )
+        raise ValueError(_ERRORS["slot"].format(slot=other[0]))
     return value
 
 
@@ -207,7 +198,7 @@ class Settings(_Keys):
             "thinking": labelled and self.thinking,
             "prompt": not labelled and self.system_prompt == SENTIMENT_PROMPT,
         }
-        if first := next((text for name, text in _CONTRADICTIONS.items() if found[name]), None):
+        if first := next((text for name, text in _ERRORS["contradictions"].items() if found[name]), None):
             raise ValueError(first.format(own=self, needing=", ".join(needing), prompt=SENTIMENT_PROMPT))
         for key, default in ({} if part else _OF_ANSWERS if labelled else _OF_LABELS).items():
             if getattr(self, key) != default:

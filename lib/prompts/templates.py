@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError, one_line, refusal
 from lib.runs.child import run_child
+from lib.runs.files import data_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -248,11 +249,7 @@ def layout_of(
 
 ROLES = (SYSTEM, USER, ASSISTANT)
 
-_CONVERSATIONS = (
-    ("你是助手。", "好吗？"),
-    ("Line one\nline two {{ .Content }}", "测试 test 123 😀", "好的。", "还有\n\n吗？"),
-    ("a", "b", "c", "d", "e", 'say "yes" or <b>no</b>'),
-)
+_CONVERSATIONS: list[list[str]] = data_file("prompts/conversations.yaml")
 """Texts of conversations (system, user, assistant, user, …) on which both ways of writing must agree."""
 
 

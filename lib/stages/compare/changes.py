@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError
+from lib.runs.files import data_file
 from lib.runs.run import Run
 from lib.scoring.log_probabilities import NEAR_TIE, Scores, load_scores
 from lib.scoring.metric import AnyScores, Metric, RowGroups
@@ -73,11 +74,7 @@ def base_scores(run: Run) -> BaseScores:
     return BaseScores(load_scores(folder / BASE_SCORES), load_scores(folder / TUNED_SCORES) if same else None, "")
 
 
-_STALE = (
-    ("evaluation", "adapter", "03 was not run again after the training"),
-    ("merged", "adapter", "04 was not run again after the training"),
-    ("gguf", "merged", "05 was not run again after 04"),
-)
+_STALE: list[list[str]] = data_file("stages/compare/stale.yaml")
 """Product, what it was made from, and in words that it was made from another one."""
 
 

@@ -13,7 +13,7 @@ from lib.models.base_model import how_to_get, refuse_without_template
 from lib.models.configurations import read_configuration, refuse_other_task
 from lib.models.unpack_source import read_source, transformers_config
 from lib.runs import machine
-from lib.runs.files import user_path
+from lib.runs.files import data_file, user_path
 from lib.runs.machine import no_warnings, quiet
 from lib.settings import OFFLINE_BASE, Settings
 
@@ -133,10 +133,7 @@ MOST = 0.9
 ANSWER_TOKENS = 4
 """Loss tokens of a labelled row that are reckoned with: a label of up to three tokens, and the end of the turn."""
 
-OFFLOAD = (
-    "Offload (weights kept in the processor's memory or on a disk while a GPU trains) is not something "
-    "this workbook does."
-)
+OFFLOAD: str = data_file("stages/finetune/names.yaml")["offload"]
 
 
 def recommend(settings: Settings, source: str | None = None) -> dict[str, Any]:
