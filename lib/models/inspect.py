@@ -201,10 +201,7 @@ def _describe_model(found: _Findings) -> None:
     if not any((found.path / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         found.problems.append("no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
     elif found.facts["template"] is None:
-        found.problems.append(
-            "no chat template: a base model without instruction tuning, or a file is missing (merge, convert, imatrix "
-            "and perplexity need none)"
-        )
+        found.problems.append(TABLES["no_template"])
     rows = found.facts.get("embedding_rows") or found.facts["vocabulary_in_config"]
     largest = found.facts["largest_id"]
     if rows and largest is not None and largest >= rows:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import InputError, missing_library, refusal, refusing
 from lib.models.gguf_file import check_gguf, read_metadata
 from lib.runs.child import run_child
+from lib.runs.files import data_file
 from lib.runs.machine import has_module, llama_cpp_problem, physical_cores
 from lib.serve.generation import SAID, THINKING, bound
 from lib.serve.limits import CHAT, LimitedApplication, Limits, error_body, failure, text_of
@@ -129,10 +130,7 @@ def serve(path: Path | str, options: ServeOptions, tell: Callable[[str], None]) 
     with listen(options.host, options.port) as listening:
         application = make_application(path, metadata, options)
         if not is_loopback(options.host):
-            tell(
-                f"Warning: {options.host} is not this machine alone: everybody in the network can use this server, "
-                "without a password and unencrypted."
-            )
+            tell(data_file("serve/sentences.yaml")["open"].format(host=options.host))
         address = f"http://{in_address(options.host)}:{listening.getsockname()[1]}/v1"
         words = f"{path.name} is served at {address} (end with Ctrl-C)."
         server = make_server(application, lambda: tell(words), _ANSWER_BYTES, log_level="error")

@@ -176,10 +176,7 @@ def announce(address: str, options: ServeOptions, tell: Callable[[str], None]) -
             + ("can read the package." if options.cert else "can read the package, and it is not encrypted.")
         )
         if not options.cert:
-            tell(
-                "Over http browsers give a page one thread and no storage. For several threads and use offline: "
-                "--cert and --key, or over USB `adb reverse tcp:PORT tcp:PORT` and http://localhost."
-            )
+            tell(data_file("serve/sentences.yaml")["http"])
     drawn = io.StringIO()
     segno.make(address, micro=False).terminal(drawn, border=2, compact=True)
     tell(drawn.getvalue())

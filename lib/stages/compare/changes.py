@@ -158,10 +158,7 @@ def retentions(metric: Metric, scores: Mapping[str, AnyScores], start: BaseScore
     if start.tuned is not None and start.tuned.ids == start.base.ids:
         noise = (metric.movement(tuned - metric.vectors(start.tuned)) / moved) ** 2
     if noise is not None and noise > MOST_NOISE:
-        return Retentions(
-            note=f"The scores of 03 and of this page differ on the same model by {100 * noise:.0f} % of the square of "
-            "what fine-tuning changed, too much to tell what share of it a file keeps."
-        )
+        return Retentions(note=data_file("stages/compare/notes.yaml")["noise"].format(share=100 * noise))
     sure = "how much the two programs differ is not known" if noise is None else f"at most {noise:.1g} of it is noise"
     return Retentions(
         {name: slope_through_origin(tuned - base, metric.vectors(scores[name]) - base, groups) for name in names},

@@ -13,7 +13,7 @@ from typing import Any
 
 from lib.models.gguf_file import run_gguf
 from lib.prompts.tasks import Task, read_task
-from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
+from lib.runs.files import data_file, read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from lib.runs.machine import physical_cores
 from lib.runs.run import Product, ProductDraft, Run
 from lib.scoring.backend import found_done
@@ -216,10 +216,8 @@ def _tell(work: ProductDraft, result: Mapping[str, Any], wrote: Mapping[str, str
     work.device = result["conditions"]["device"]
     work.notes += result["notes"]
     if folds := result["files"][0].get("folds"):
-        work.notes.append(
-            f"cross-validated: {folds} models; every one of the {result['files'][0]['n']:,} rows judges the files of "
-            "the model that did not train on it; all else, 02 to 06 too, is of the first model and its files"
-        )
+        note = data_file("stages/compare/notes.yaml")["folds"]
+        work.notes.append(note.format(folds=folds, rows=result["files"][0]["n"]))
     work.facts |= {"reference": result["reference"], "recommended": result["recommendation"]["type"]}
     scored = result["found_done"]
     found = {entry["type"]: [own.get(entry["type"], "") for own in (scored, wrote)] for entry in result["files"]}

@@ -320,7 +320,6 @@ def _failure(inputs: TrainingInputs, message: str) -> dict[str, Any]:
 def _note(failure: dict[str, Any]) -> str:
     rows, passes = failure["next"]["rows"], failure["next"]["passes"]
     again = f"went on from update {failure['from_step']}" if failure["from_step"] else "started again"
-    return (
-        f"the device ran out of memory with {failure['rows']} rows a forward pass: the training {again} with {rows} "
-        f"and {passes} passes an update; the updates hold the same rows"
+    return data_file("stages/finetune/notes.yaml")["memory"].format(
+        failure=failure, again=again, rows=rows, passes=passes
     )

@@ -30,6 +30,7 @@ from lib.stages.finetune.session import TrainingInputs, train, until_it_fits
 
 RESOURCES = "resources.jsonl"
 
+_NOTES: dict[str, str] = data_file("stages/finetune/notes.yaml")
 PARAMETERS: list[str] = data_file("stages/finetune/names.yaml")["parameters"]
 """Settings that a trained adapter depends on (those of the data come in through the data product)."""
 
@@ -277,14 +278,9 @@ def trained_as(folder: Path) -> tuple[str, str]:
 
 
 def _given_notes(given: GivenAdapter, base: Base) -> list[str]:
-    notes = [
-        f"nothing was trained in this run: the adapter ({base_model.called(given.id)}) was adopted, "
-        "and whether it has seen the test rows is not known"
-    ]
+    notes = [_NOTES["adopted"].format(adapter=base_model.called(given.id))]
     if named := base_model.named_otherwise(given.path, base.id, str(base.path)):
-        notes.append(
-            f"the adopted adapter names {named} as its base model; here it is put on {base_model.called(base.id)}"
-        )
+        notes.append(_NOTES["other-base"].format(named=named, base=base_model.called(base.id)))
     elif found := base_model.other_revision(given.path, base.revision):
         notes.append(f"the adopted adapter was trained on {found} of its base; here it is put on {base.revision}")
     return notes
@@ -292,7 +288,4 @@ def _given_notes(given: GivenAdapter, base: Base) -> list[str]:
 
 def _chosen_notes(best: Best) -> list[str]:
     seen = f"{best.test_rows_seen} test rows" if best.test_rows_seen else "no test row"
-    return [
-        f"nothing was trained in this run: the adapter of run {best.run} was taken, by the rule of `workbook select` "
-        f"({best.given.id}); that run has used {seen} of this one for training or for choosing its checkpoint"
-    ]
+    return [_NOTES["chosen"].format(best=best, seen=seen)]
