@@ -65,8 +65,7 @@ class _Page:
     def quality(self) -> HTML:
         """Size, quality and verdict of each file."""
         tokens, apart = self.files[0]["n_tokens"], [e for e in self.others if e["n"] != self.n]
-        counts = {"n": self.n, "tokens": tokens, "apart": apart}
-        return tabled(self.compared, self.files, reference=self.reference, **counts)
+        return tabled(self.compared, self.files, n=self.n, tokens=tokens, apart=apart, reference=self.reference)
 
     def differences(self) -> HTML:
         """Paired losses from the reference: accuracy, in points; answer perplexity, in percent."""
@@ -103,9 +102,7 @@ class _Page:
     def learned(self) -> Markdown:
         """The conclusions."""
         values = {"n": self.n, "folds": self.folds, "labelled": self.result.metric is ACCURACY}
-        advice, frontier = self.result.recommendation, self.result.frontier
-        run = self.result.product.path.parent.name
-        return tell("compare.learned", advice=advice, frontier=frontier, run=run, **values)
+        return tell("compare.learned", result=self.result, run=self.result.product.path.parent.name, **values)
 
     def kept(self) -> Shown:
         """How much of what fine-tuning taught is left in each file."""
@@ -135,8 +132,7 @@ class AccuracyPage(_Page):
     def tests(self) -> Shown:
         """The paired test of each file's accuracy, and beside it macro-F1 and log-odds."""
         tests = tabled("compare.accuracy_tests", self.others, files=len(self.others), folds=self.folds)
-        beside = {"odds_limit": ODDS_LIMIT, "folds": self.folds}
-        return tests, tabled("compare.accuracy_beside", self.others, **beside)
+        return tests, tabled("compare.accuracy_beside", self.others, odds_limit=ODDS_LIMIT, folds=self.folds)
 
     def _test_by_hand(self, entry: Entry, pairs: DataFrame) -> Markdown:
         from scipy.stats import binomtest

@@ -74,7 +74,7 @@ def base_scores(run: Run) -> BaseScores:
     return BaseScores(load_scores(folder / BASE_SCORES), load_scores(folder / TUNED_SCORES) if same else None, "")
 
 
-_STALE: list[list[str]] = data_file("stages/compare/stale.yaml")
+_STALE: list[list[str]] = data_file("stages/compare/notes.yaml")["stale"]
 """Product, what it was made from, and in words that it was made from another one."""
 
 

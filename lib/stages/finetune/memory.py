@@ -133,7 +133,7 @@ MOST = 0.9
 ANSWER_TOKENS = 4
 """Loss tokens of a labelled row that are reckoned with: a label of up to three tokens, and the end of the turn."""
 
-OFFLOAD: str = data_file("stages/finetune/names.yaml")["offload"]
+OFFLOAD: str = data_file("stages/finetune/notes.yaml")["offload"]
 
 
 def recommend(settings: Settings, source: str | None = None) -> dict[str, Any]:

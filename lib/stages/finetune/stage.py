@@ -31,7 +31,11 @@ from lib.stages.finetune.session import TrainingInputs, train, until_it_fits
 RESOURCES = "resources.jsonl"
 
 _NOTES: dict[str, str] = data_file("stages/finetune/notes.yaml")
-PARAMETERS: list[str] = data_file("stages/finetune/names.yaml")["parameters"]
+PARAMETERS = (
+    *("seed", "load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "learning_rate"),
+    *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "dtype"),
+    *("gradient_checkpointing", "save_steps", "num_processes"),
+)
 """Settings that a trained adapter depends on (those of the data come in through the data product)."""
 
 
