@@ -8,7 +8,7 @@ import typer
 
 from lib.cli.console import guarded, with_options
 from lib.cli.doctor import doctor
-from lib.cli.evaluate import compare, evaluate, perplexity
+from lib.cli.evaluate import ask, compare, evaluate, perplexity
 from lib.cli.models import convert, inspect, merge, unpack
 from lib.cli.package import package, serve
 from lib.cli.quantize import imatrix, quantize
@@ -17,7 +17,7 @@ from lib.runs.files import data_file
 
 COMMANDS = (
     *(doctor, params, inspect, report, select, pick, unpack, merge),
-    *(convert, imatrix, quantize, evaluate, compare, perplexity, package, serve),
+    *(convert, imatrix, quantize, evaluate, ask, compare, perplexity, package, serve),
 )
 """Every command, in the order of the help. Its module imports what does the work only when the command runs."""
 

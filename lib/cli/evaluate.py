@@ -1,11 +1,13 @@
-"""`workbook evaluate`, `compare`, `perplexity`: models, and quantized files, on the same test rows or text."""
+"""`workbook evaluate`, `ask`, `compare`, `perplexity`: models and quantized files on the same rows, prompts or text."""
 
 from __future__ import annotations
 
 import random
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from lib.cli.console import show, table
@@ -151,7 +153,7 @@ def evaluate(
     from lib.stages.evaluate.standalone import ModelOptions, evaluate_models
 
     if output is not None:
-        _refuse_unwritable(output)
+        _refuse_unwritable(output, "data")
     if dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(f"--dtype {dtype!r}.", "auto, float32 or bfloat16.", "choose one of them.")
     task = rows_from.task()
@@ -171,6 +173,69 @@ def evaluate(
         write_json(output, result)
     shown = ("model", "n", *result_of(task).columns, "seconds_per_sample", "peak_memory_mib")
     show(result, as_json, table(result["models"], shown))
+
+
+def ask(
+    models: list[str],
+    prompt: list[str] | None = None,
+    prompts: str = "",
+    system_prompt: str = "",
+    thinking: bool = False,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = SEED,
+    n_gpu_layers: int = 0,
+    n_threads: int = 0,
+    output: Path | None = None,
+    base_model: str | None = None,
+    revision: str = "main",
+    dtype: str = "auto",
+    load_in_4bit: bool = False,
+    as_json: bool = False,
+) -> None:
+    """What models answer to the same prompts, side by side, with latency, memory and likeness to the first model."""
+    from lib.scoring.generation import Sampling
+    from lib.scoring.text_metrics import SHIPPED_PROMPTS, read_prompts
+    from lib.stages.evaluate.standalone import ModelOptions, ask_models
+
+    if output is not None:
+        _refuse_unwritable(output, "decoding")
+    asked = [{"prompt": text, "reference": ""} for text in prompt or () if text.strip()]
+    asked += read_prompts(prompts, "--prompts") if prompts else []
+    if not asked:
+        raise refusal("evaluate/no-prompts", sets=", ".join(SHIPPED_PROMPTS))
+    options = ModelOptions(base_model, revision, dtype, load_in_4bit, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+    drawn = Sampling(temperature, top_p, seed) if temperature else None
+    result = ask_models(models, asked, options, system_prompt, thinking, max_new_tokens, drawn)
+    if output is not None:
+        write_json(output, result)
+    show(result, as_json, _side_by_side(result))
+
+
+def _side_by_side(result: dict[str, Any]) -> str:
+    """Every prompt with its answers, then a line a model."""
+    names = [Path(told["model"]).name or told["model"] for told in result["models"]]
+    parts, likeness = [], [[one["answers"][place] for one in result["prompts"]] for place in range(len(names))]
+    for number, one in enumerate(result["prompts"], 1):
+        reference = f" (reference: {one['reference']})" if one["reference"] else ""
+        parts.append(f"── {number}. {one['prompt']}{reference}")
+        for name, answer in zip(names, one["answers"], strict=True):
+            text = answer["text"] + ("" if answer["ended"] else " … [cut at the limit]")
+            parts.append(f"{name}:\n{textwrap.indent(text, '    ')}")
+    rows = [
+        {
+            "model": name,
+            "first token, s": told["first_token_seconds"],
+            "tokens/s": told["tokens_per_second"],
+            "MiB": told["peak_memory_mib"],
+            "same answers": None if place == 0 else f"{sum(a['same_text'] for a in own)} of {len(own)}",
+            "same start, %": None if place == 0 else 100 * fmean(a["same_start"] for a in own),
+            "chrF": None if place == 0 else fmean(a["chrf"] for a in own),
+        }
+        for place, (name, told, own) in enumerate(zip(names, result["models"], likeness, strict=True))
+    ]
+    return "\n".join([*parts, "", table(rows, list(rows[0]))])
 
 
 def compare(
@@ -222,19 +287,24 @@ def compare(
     show(result, as_json, text)
 
 
-def _refuse_unwritable(path: Path) -> None:
-    """Refuse an output file that cannot be written before hours of work go into it."""
+def _refuse_unwritable(path: Path, first: str) -> None:
+    """Refuse an output file that cannot be written before hours of work go into it.
+
+    Args:
+        first: the first key of a result of this command.
+    """
     if path.is_dir():
         raise InputError(f"{path} is a folder.", "a file to write.", "add a file name, e.g. result.json.")
-    if path.exists() and path.stat().st_size and not _is_result(path):
+    if path.exists() and path.stat().st_size and not _is_result(path, first):
         raise InputError(f"{path} is there and holds no result of this command.", "a new file.", "choose another name.")
     writable(path.parent)
 
 
-def _is_result(path: Path) -> bool:
-    """Whether a file holds what `workbook evaluate --output` wrote."""
+def _is_result(path: Path, first: str) -> bool:
+    """Whether a file holds what --output wrote."""
+    start = f'{{\n "{first}": {{\n'.encode()
     with path.open("rb") as file:
-        begun = file.read(13) == b'{\n "data": {\n'
+        begun = file.read(len(start)) == start
     return begun and "models" in read_json(path)
 
 

@@ -100,15 +100,20 @@ def read_terms(source: str) -> TermList | None:
     return TermList(path.stem if source in SHIPPED_TERMS else path.name, forms, sha256_file(path))
 
 
-def read_prompts(source: str) -> list[dict[str, str]]:
-    """{"prompt", "reference"} of each line of a prompts file; "" = the shipped counselling prompts.
+SHIPPED_PROMPTS = tuple(sorted(path.stem for path in (_HERE / "prompts").glob("*.txt")))
+"""Names of the sets of prompts that come with the workbook."""
+
+
+def read_prompts(source: str, setting: str = "prompts_file") -> list[dict[str, str]]:
+    """{"prompt", "reference"} of each line of a prompts file, or of a shipped set; "" = the one of counselling.
 
     Raises:
-        InputError: no such file, not UTF-8, without prompts, or a line of more than two parts.
+        InputError: no such file or set, not UTF-8, without prompts, or a line of more than two parts.
     """
-    path = user_path(source) if source else _HERE / "prompts" / "counselling.txt"
+    name = source or "counselling"
+    path = _HERE / "prompts" / f"{name}.txt" if name in SHIPPED_PROMPTS else user_path(source)
     prompts = []
-    for number, parts in _lines(path, "prompts_file", "a file"):
+    for number, parts in _lines(path, setting, f"a file, or one of {', '.join(SHIPPED_PROMPTS)}"):
         if len(parts) > 2:
             raise refusal("scoring/too-many-parts", path=path, number=number, count=len(parts))
         prompts.append({"prompt": parts[0], "reference": parts[1] if len(parts) == 2 else ""})
@@ -265,6 +270,11 @@ def _chrf() -> Any:
     return CHRF()
 
 
+def chrf(text: str, reference: str) -> float:
+    """chrF of a text, 0 to 100 (Popović 2015, by sacrebleu)."""
+    return float(_chrf().sentence_score(text, [reference]).score)
+
+
 def chrf_signature() -> str:
     """sacrebleu's own description of the metric, with its version."""
     _chrf().corpus_score(["a"], [["a"]])  # the number of references is known only then
@@ -297,7 +307,7 @@ def measure(
     block = read_block(text)
     said, wanted = (block.answer, read_block(reference).answer) if thinking else (text.strip(), reference.strip())
     return {
-        "chrf": float(_chrf().sentence_score(said, [wanted]).score),
+        "chrf": chrf(said, wanted),
         "rouge_l": rouge_l(said, wanted),
         **_terms(terms, said, {"terms": wanted, "question_terms": question}),
         "think": block.complete if thinking else None,

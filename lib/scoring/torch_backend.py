@@ -141,6 +141,7 @@ class TransformersBackend(Backend):
         self.batch_size = batch_size
         self.name = name or causal.config.name_or_path or type(causal).__name__
         self.device = str(self._device)
+        self.most_positions = int(getattr(causal.config, "max_position_embeddings", 0))
         self.vocab_size = causal.config.vocab_size
         self._pass_cost = _PASS.get(self._device.type, _PASS_ELSEWHERE)
         self._prefix = SharedPrefix(self._decoder, self.vocab_size)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lib.errors import InputError, refusal
@@ -18,13 +20,15 @@ from lib.models.gguf_tokenizer import same_vocabulary, tokenizer_from_gguf
 from lib.models.loading import load_as_saved, load_model, load_tokenizer, quantization_method
 from lib.models.tokenizer_files import chat_templates, differences, reader
 from lib.progress import say
-from lib.prompts.tasks import Task, task_from_json
+from lib.prompts.tasks import ConversationTask, Task, task_from_json
 from lib.prompts.templates import ASSISTANT
 from lib.runs.child import peak_memory_mib, run_child
 from lib.runs.files import sha256_json, user_path
 from lib.runs.machine import compute_dtype
 from lib.scoring.backend import Keep, journal_path, kept_peak_memory_mib, model_hash
+from lib.scoring.generation import Questions, Sampling, ask_prompt, end_ids, llama_feed, torch_feed, write_all
 from lib.scoring.log_probabilities import score_rows
+from lib.scoring.text_metrics import chrf
 from lib.stages.evaluate.results import result_of
 
 # Models looked at before any of them is loaded: whether they can be had, and whether their files are whole.
@@ -225,6 +229,94 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     return {**own, "device": backend.device, "peak_memory_mib": peak, "found": scores.found}
 
 
+# Any models on any prompts, to be read side by side.
+
+
+def ask_models(
+    models: Sequence[str | Path],
+    prompts: Sequence[Mapping[str, str]],
+    options: ModelOptions = ModelOptions(),
+    system_prompt: str = "",
+    thinking: bool = False,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+) -> dict[str, Any]:
+    """What each model answers to the same prompts, each model in a process of its own, one prompt at a time.
+
+    Args:
+        prompts: {"prompt", "reference"} ("" where there is none).
+        sampling: None = greedy.
+
+    Returns:
+        {"system_prompt", "thinking", "decoding", "models": [{"model", "device", "peak_memory_mib", "note",
+        "first_token_seconds", "tokens_per_second" (medians over the prompts; the first one is read once before)}],
+        "prompts": [{"prompt", "reference", "answers": one a model: {"text", "tokens", "ended", "problem" (of its
+        characters), "first_token_seconds", "seconds", "tokens_per_second", "same_text", "same_start" (share of the
+        longer text), "chrf" (these three to the first model's answer; null of the first)}}]}.
+
+    Raises:
+        InputError: a model that cannot be loaded, or a prompt that is longer than its context allows.
+    """
+    shared = {"system_prompt": system_prompt, "thinking": thinking, "most": max_new_tokens}
+    shared |= {"prompts": [dict(prompt) for prompt in prompts], "sampling": sampling and asdict(sampling)}
+    told, asked = [], [{**prompt, "answers": []} for prompt in prompts]
+    found_models = [find_model(str(model), options) for model in models]
+    for model, files in zip(map(str, models), found_models, strict=True):
+        argument = {**shared, **vars(options), **vars(files), "model": model}
+        made = run_child("lib.stages.evaluate.standalone:answer_in_child", argument, f"asking {model}")
+        answers = made.pop("answers")
+        rates = [answer["tokens_per_second"] for answer in answers if answer["tokens_per_second"] is not None]
+        first = median(answer["first_token_seconds"] for answer in answers)
+        speed = {"first_token_seconds": first, "tokens_per_second": median(rates) if rates else None}
+        told.append({"model": model, **made, **speed})
+        for one, answer in zip(asked, answers, strict=True):
+            one["answers"].append(answer | _likeness(answer["text"], one["answers"]))
+    decoding = {"max_new_tokens": max_new_tokens, **(asdict(sampling) if sampling else {"method": "greedy"})}
+    return {
+        "decoding": decoding,
+        "system_prompt": system_prompt,
+        "thinking": thinking,
+        "models": told,
+        "prompts": asked,
+    }
+
+
+def _likeness(text: str, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How alike a text is to the first model's."""
+    if not before:
+        return dict.fromkeys(("same_text", "same_start", "chrf"))
+    first = before[0]["text"]
+    if text == first:
+        return {"same_text": True, "same_start": 1.0, "chrf": 100.0}
+    differ = (place for place, (one, other) in enumerate(zip(text, first, strict=False)) if one != other)
+    start = next(differ, min(len(text), len(first))) / max(len(text), len(first))
+    return {"same_text": False, "same_start": start, "chrf": chrf(text, first)}
+
+
+def answer_in_child(argument: dict[str, Any]) -> dict[str, Any]:
+    """Load one model and let it answer every prompt; runs in the child process."""
+    tokenizer, most = open_tokenizer(argument), argument["most"]
+    task = ConversationTask("instruction", argument["system_prompt"], max_seq_length=0, thinking=argument["thinking"])
+    asked = [ask_prompt(tokenizer, task, prompt) for prompt in argument["prompts"]]
+    longest = max(len(one.ids) for one in asked)
+    backend, _ = open_model(argument, longest + most)
+    with backend:
+        if backend.most_positions and longest + most > backend.most_positions:
+            given = {"model": argument["model"], "most": most, "longest": longest, "limit": backend.most_positions}
+            raise refusal("evaluate/beyond-context", **given)
+        whole = Path(argument["path"]).is_file()
+        start = functools.partial(*((llama_feed, backend) if whole else (torch_feed, backend.model)))
+        start()(asked[0].ids)  # the first prompt finds a warm model, too
+        sampling = Sampling(**argument["sampling"]) if argument["sampling"] else None
+        ids = [one.ids for one in asked]
+        written, _ = write_all(start, ids, most, end_ids(tokenizer), backend, None, sampling=sampling)
+    questions = Questions(tokenizer, None, task.thinking, [], [], argument["prompts"], asked, most, Sampling())
+    answers = questions.told(asked, written)
+    for answer in answers:
+        answer["problem"] = answer.pop("measured")["problem"]
+    return {"answers": answers, "device": backend.device, "note": backend.note, "peak_memory_mib": peak_memory_mib()}
+
+
 def keep_of(argument: dict[str, Any]) -> Keep | None:
     """Where the scores are kept as they come; a base in 4 bits is another model than its files."""
     if argument["keep"] is None:
@@ -240,7 +332,7 @@ def open_model(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any]:
         from lib.scoring.llama_backend import LlamaCppBackend
 
         backend = LlamaCppBackend(path, n_ctx, argument["n_threads"], argument["n_gpu_layers"])
-        return backend, _tokenizer_for(path, argument["run_tokenizer"])
+        return backend, open_tokenizer(argument)
     from lib.scoring.torch_backend import TransformersBackend
 
     adapter, in_4bit = argument["adapter"] and Path(argument["adapter"]), argument["load_in_4bit"]
@@ -252,7 +344,15 @@ def open_model(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any]:
         dtype, _ = compute_dtype(argument["dtype"])
         model = load_model(path, dtype=dtype, load_in_4bit=in_4bit, adapter=adapter)
     backend = TransformersBackend(model, argument["batch_size"], argument["model"])
-    return backend, tokenizer_of(Path(argument["tokenizer"]), Path(argument["template"]))
+    return backend, open_tokenizer(argument)
+
+
+def open_tokenizer(argument: dict[str, Any]) -> Any:
+    """The tokenizer of the model that was found."""
+    path = Path(argument["path"])
+    if path.is_dir():
+        return tokenizer_of(Path(argument["tokenizer"]), Path(argument["template"]))
+    return _tokenizer_for(path, argument["run_tokenizer"])
 
 
 def _tokenizer_for(path: Path, of_run: str | None) -> Any:
