@@ -302,8 +302,8 @@ def answer_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     backend, _ = open_model(argument, longest + most)
     with backend:
         if backend.most_positions and longest + most > backend.most_positions:
-            given = {"model": argument["model"], "most": most, "longest": longest, "limit": backend.most_positions}
-            raise refusal("evaluate/beyond-context", **given)
+            limit, model = backend.most_positions, argument["model"]
+            raise refusal("evaluate/beyond-context", model=model, longest=longest, most=most, limit=limit)
         whole = Path(argument["path"]).is_file()
         start = functools.partial(*((llama_feed, backend) if whole else (torch_feed, backend.model)))
         start()(asked[0].ids)  # the first prompt finds a warm model, too
