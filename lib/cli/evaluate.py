@@ -154,8 +154,7 @@ def evaluate(
 
     if output is not None:
         _refuse_unwritable(output, "data")
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"--dtype {dtype!r}.", "auto, float32 or bfloat16.", "choose one of them.")
+    _refuse_dtype(dtype)
     task = rows_from.task()
     rows, source = rows_from.rows(task)
     result = evaluate_models(
@@ -201,6 +200,7 @@ def ask(
 
     if output is not None:
         _refuse_unwritable(output, "decoding")
+    _refuse_dtype(dtype)
     asked = [{"prompt": text, "reference": ""} for text in prompt or () if text.strip()]
     asked += read_prompts(prompts, "--prompts") if prompts else []
     if not asked:
@@ -285,6 +285,11 @@ def compare(
         lines = steps_page.phones(phones, result["files"], result["conditions"]["processor"])
         text += "\n\n" + table(lines, list(lines[0]))
     show(result, as_json, text)
+
+
+def _refuse_dtype(dtype: str) -> None:
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"--dtype {dtype!r}.", "auto, float32 or bfloat16.", "choose one of them.")
 
 
 def _refuse_unwritable(path: Path, first: str) -> None:

@@ -261,6 +261,7 @@ def ask_models(
     shared |= {"prompts": [dict(prompt) for prompt in prompts], "sampling": sampling and asdict(sampling)}
     told, asked = [], [{**prompt, "answers": []} for prompt in prompts]
     found_models = [find_model(str(model), options) for model in models]
+    _refuse_without_effect(options, found_models)
     for model, files in zip(map(str, models), found_models, strict=True):
         argument = {**shared, **vars(options), **vars(files), "model": model}
         made = run_child("lib.stages.evaluate.standalone:answer_in_child", argument, f"asking {model}")

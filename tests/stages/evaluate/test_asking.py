@@ -49,7 +49,7 @@ def test_a_folder_and_its_gguf_answer_as_generate_does(small: Tiny) -> None:  # 
 def test_drawn_answers_repeat_with_their_seed(small: Tiny) -> None:  # noqa: F811
     def texts(seed: int) -> list[str]:
         drawn = Sampling(temperature=5.0, top_p=1.0, seed=seed)
-        found = ask_models([small.gguf], PROMPTS, OPTIONS, max_new_tokens=12, sampling=drawn)
+        found = ask_models([small.gguf], PROMPTS, ModelOptions(n_threads=1), max_new_tokens=12, sampling=drawn)
         return [one["answers"][0]["text"] for one in found["prompts"]]
 
     assert texts(1) == texts(1) != texts(2)
@@ -58,7 +58,7 @@ def test_drawn_answers_repeat_with_their_seed(small: Tiny) -> None:  # noqa: F81
 def test_a_prompt_beyond_the_context_is_refused(small: Tiny) -> None:  # noqa: F811
     for model in (small.folder, small.gguf):
         with pytest.raises(InputError, match="which the model was made for"):
-            ask_models([model], [{"prompt": "好" * 40_000, "reference": ""}], OPTIONS)
+            ask_models([model], [{"prompt": "好" * 40_000, "reference": ""}])
 
 
 def test_the_command_shows_answers_side_by_side(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
