@@ -82,11 +82,8 @@ def _old(
     rows: np.ndarray,
     margin: float,
 ) -> str | None:
-    inside = [
-        name
-        for name, change in changes.items()
-        if clustered_score_interval(change[rows], groups[rows]).within(margin / 100)
-    ]
+    intervals = {name: clustered_score_interval(change[rows], groups[rows]) for name, change in changes.items()}
+    inside = [name for name, one in intervals.items() if -margin / 100 < one.low and one.high < margin / 100]
     return min(inside, key=sizes.__getitem__, default=None)
 
 

@@ -121,7 +121,7 @@ def page(
         change = right.astype(int) - reference
         loss, old = share_loss(change, group, weights), clustered_score_interval(change, group)
         entry = {"type": f"q{place:02}", "bytes": 100 - place, "loss": loss.estimate, "leak_free": None, "p_holm": 1.0}
-        entries.append({**entry, "loss_limit": loss.high, "equivalent": -0.01 < old.low and old.high < 0.01})
+        entries.append({**entry, "loss_limit": loss.high, "equivalent": old.low > -0.01 and old.high < 0.01})
     if tested:
         tests = compare_pairs(
             {e["type"]: (reference, f) for e, f in zip(entries, files, strict=True)}, group, 0, weights
