@@ -299,15 +299,13 @@ def test_what_the_pages_show(results: dict) -> None:
 
 
 def test_the_command_line_evaluates_and_compares_answers(results: dict, tmp_path: Path) -> None:
-    from lib.cli.evaluate import RowOptions, compare, evaluate
+    from lib.cli.evaluate import OpeningOptions, RowOptions, compare, evaluate
 
     name, part = results["run"].name, results["evaluation"].content["parts"]["all"]
-    output, options = (
-        tmp_path / "evaluation.json",
-        {"rows_from": RowOptions(run_name=name), "n_threads": 1, "as_json": True},
-    )
+    output, options = tmp_path / "evaluation.json", {"rows_from": RowOptions(run_name=name), "as_json": True}
+    opening = OpeningOptions(n_threads=1, dtype="float32")
     merged, f16 = results["merged"].product.path, results["gguf"].path
-    evaluate([str(merged), str(f16)], output=output, dtype="float32", batch_size=2, **options)
+    evaluate([str(merged), str(f16)], opening=opening, output=output, batch_size=2, **options)
     ours, llama = read_json(output)["models"]
     assert ours["perplexity"] == pytest.approx(part["finetuned"]["perplexity"], rel=1e-2)
     assert ours["perplexity_interval"] == pytest.approx(part["finetuned"]["perplexity_interval"], rel=2e-2)
@@ -318,7 +316,7 @@ def test_the_command_line_evaluates_and_compares_answers(results: dict, tmp_path
     characters = sum(sum(len(texts[i]) for i in e.answers) for texts, e in zip(said, encoded, strict=True))
     assert ours["bits_per_character"] == pytest.approx(ours["loss"] * part["tokens"] / np.log(2) / characters)
     q8 = next(results["quantized"].product.path.glob("*.gguf"))
-    compare(f16, [q8], tmp_path / "compared", **options)
+    compare(f16, [q8], tmp_path / "compared", n_threads=1, **options)
     made, product = read_json(tmp_path / "compared" / "comparison.json"), results["comparison"]
     assert made["files"][1]["answer_ppl"] == pytest.approx(product.files[1]["answer_ppl"])
     assert made["conditions"]["unigram_ppl"] == product.conditions["unigram_ppl"]

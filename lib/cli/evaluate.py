@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lib.prompts.tasks import Task
     from lib.runs.run import Product
     from lib.scoring.measure import Text
+    from lib.stages.evaluate.standalone import ModelOptions
 
 SEED = 42
 """Seed with which --max-samples draws."""
@@ -135,26 +136,45 @@ class RowOptions:
         return any(row.get("leaked") for row in rows)
 
 
+@dataclass(frozen=True)
+class OpeningOptions:
+    """Options of how models are opened; see `lib.stages.evaluate.standalone.ModelOptions`."""
+
+    n_gpu_layers: int = 0
+    n_threads: int = 0
+    base_model: str | None = None
+    revision: str = "main"
+    dtype: str = "auto"
+    load_in_4bit: bool = False
+
+    def models(self, **more: Any) -> ModelOptions:
+        """As they are given on, with what else a command says of its models.
+
+        Raises:
+            InputError: a number format that nothing is computed with.
+        """
+        from lib.stages.evaluate.standalone import ModelOptions
+
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise InputError(f"--dtype {self.dtype!r}.", "auto, float32 or bfloat16.", "choose one of them.")
+        return ModelOptions(**vars(self), **more)
+
+
 def evaluate(
     models: list[str],
     rows_from: RowOptions = RowOptions(),
-    n_gpu_layers: int = 0,
-    n_threads: int = 0,
+    opening: OpeningOptions = OpeningOptions(),
     output: Path | None = None,
-    base_model: str | None = None,
-    revision: str = "main",
-    dtype: str = "auto",
-    load_in_4bit: bool = False,
     batch_size: int = 32,
     as_json: bool = False,
 ) -> None:
     """Accuracy (without labels: answer perplexity), interval, speed and memory of models on the same rows."""
     from lib.stages.evaluate.results import result_of
-    from lib.stages.evaluate.standalone import ModelOptions, evaluate_models
+    from lib.stages.evaluate.standalone import evaluate_models
 
     if output is not None:
         _refuse_unwritable(output, "data")
-    _refuse_dtype(dtype)
+    options = opening.models(batch_size=batch_size, run_tokenizer=rows_from.part("tokenizer"))
     task = rows_from.task()
     rows, source = rows_from.rows(task)
     result = evaluate_models(
@@ -162,9 +182,7 @@ def evaluate(
         rows,
         task,
         source,
-        ModelOptions(
-            base_model, revision, dtype, load_in_4bit, batch_size, n_threads, n_gpu_layers, rows_from.part("tokenizer")
-        ),
+        options,
         # The same command finds there what an interrupted one has scored.
         keep=None if output is None else output.with_name(f".{output.name}.scores"),
     )
@@ -184,28 +202,22 @@ def ask(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = SEED,
-    n_gpu_layers: int = 0,
-    n_threads: int = 0,
+    opening: OpeningOptions = OpeningOptions(),
     output: Path | None = None,
-    base_model: str | None = None,
-    revision: str = "main",
-    dtype: str = "auto",
-    load_in_4bit: bool = False,
     as_json: bool = False,
 ) -> None:
     """What models answer to the same prompts, side by side, with latency, memory and likeness to the first model."""
     from lib.scoring.generation import Sampling
     from lib.scoring.text_metrics import SHIPPED_PROMPTS, read_prompts
-    from lib.stages.evaluate.standalone import ModelOptions, ask_models
+    from lib.stages.evaluate.standalone import ask_models
 
     if output is not None:
         _refuse_unwritable(output, "decoding")
-    _refuse_dtype(dtype)
+    options = opening.models()
     asked = [{"prompt": text, "reference": ""} for text in prompt or () if text.strip()]
     asked += read_prompts(prompts, "--prompts") if prompts else []
     if not asked:
         raise refusal("evaluate/no-prompts", sets=", ".join(SHIPPED_PROMPTS))
-    options = ModelOptions(base_model, revision, dtype, load_in_4bit, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
     drawn = Sampling(temperature, top_p, seed) if temperature else None
     result = ask_models(models, asked, options, system_prompt, thinking, max_new_tokens, drawn)
     if output is not None:
@@ -285,11 +297,6 @@ def compare(
         lines = steps_page.phones(phones, result["files"], result["conditions"]["processor"])
         text += "\n\n" + table(lines, list(lines[0]))
     show(result, as_json, text)
-
-
-def _refuse_dtype(dtype: str) -> None:
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"--dtype {dtype!r}.", "auto, float32 or bfloat16.", "choose one of them.")
 
 
 def _refuse_unwritable(path: Path, first: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.cli.evaluate import evaluate
+from lib.cli.evaluate import OpeningOptions, evaluate
 from lib.errors import InputError
 from lib.scoring.backend import journal_path
 from lib.stages.evaluate.standalone import ModelOptions, evaluate_models, find_model, tokenizer_of
@@ -115,7 +115,7 @@ def test_an_option_that_no_model_heeds_is_refused(options: dict, word: str, smal
 @pytest.mark.parametrize("dtype", ["bogus", "int8", "float16", "float64"])
 def test_a_number_format_that_is_not_computed_with(dtype: str) -> None:
     with pytest.raises(InputError, match=f"--dtype '{dtype}'.*auto, float32 or bfloat16"):
-        evaluate(["m"], dtype=dtype)
+        evaluate(["m"], opening=OpeningOptions(dtype=dtype))
 
 
 def test_where_the_scores_are_kept_is_said(

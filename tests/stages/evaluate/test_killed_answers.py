@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lib.cli.evaluate import RowOptions
+from lib.cli.evaluate import OpeningOptions, RowOptions
 from lib.cli.evaluate import evaluate as command_line
 from lib.runs.files import read_json, read_jsonl
 from lib.scoring.backend import journal_path
@@ -92,7 +92,8 @@ def test_killed_command_continues(
     kill_at(command, folder, journal.name, 3, tmp_path / "slow")
     kept = journal.read_bytes().count(b"\n") - 1
     assert not (tmp_path / "cut.json").exists() and 3 <= kept < 12
-    options = {"dtype": "float32", "batch_size": 2, "n_threads": 1, "as_json": True}
+    opening = OpeningOptions(dtype="float32", n_threads=1)
+    options = {"opening": opening, "batch_size": 2, "as_json": True}
     monkeypatch.setattr("lib.stages.evaluate.standalone.run_child", here)
     for name in ("whole", "cut"):
         capsys.readouterr()
