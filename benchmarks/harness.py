@@ -268,7 +268,7 @@ def chart(path: Path, sides: Sequence[dict[str, Any]], key: str, unit: str, titl
     mpl.use("svg")
     import matplotlib.pyplot as plt
 
-    from lib.report.charts import BLUE, GREY, use_style
+    from lib.report.looks import BLUE, GREY, use_style
 
     use_style()
     sides = list(sides)[::-1]

@@ -147,7 +147,7 @@ def _compile(sources: Path, files: tuple[str, ...], more: tuple[str, ...], binar
 
     found = importlib.util.find_spec("llama_cpp")
     if found is None or found.origin is None:
-        raise InputError("llama-cpp-python is not installed.", "its shared libraries.", "see the README.")
+        raise InputError("llama-cpp-python is not installed.", "its shared libraries.", "see docs/setup.md.")
     libraries = Path(found.origin).parent / "lib"
     common = libraries.parents[1] / "lib"
     information = cache() / "build-info.cpp"
@@ -164,6 +164,6 @@ def _compile(sources: Path, files: tuple[str, ...], more: tuple[str, ...], binar
             *(f"-Wl,-rpath,{libraries}:{common}", "-o", str(part)),
         ],
         f"compiling {binary.name}",
-        "install a C++ compiler (the README names it).",
+        "install a C++ compiler (README.md names it).",
     )
     part.rename(binary)

@@ -26,11 +26,22 @@ os.environ.setdefault("GGML_NO_BACKTRACE", "1")
 # for a check that no schema of notebooks asks for. It goes without where the grammar's library is absent.
 sys.modules.setdefault("rfc3987_syntax", None)
 
+# transformers says at its import that torch is absent; whoever needs torch is told so by name.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+if os.environ.get("WORKBOOK_LOG_FILE"):  # set by a command that shows what is logged
+    from lib.progress import keep_log
+
+    keep_log()
+
 # What libraries say as soon as transformers or peft looks at them: GPU kernels that torchao cannot load, Enums that it
-# registers, an optional kernel of bitsandbytes for single rows. Other messages of these loggers are kept.
-for _name, _start in (
-    ("torchao", "Failed to load "),
-    ("torch.utils._pytree", "%s is an Enum subclass"),
-    ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
-):
+# registers, an optional kernel of bitsandbytes for single rows; and, at every first pass of an INT8 layer, that
+# LLM.int8() computes in float16, which is how it works. Other messages of these loggers are kept.
+CHATTER = {
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": "%s is an Enum subclass",
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+}
+for _name, _start in CHATTER.items():
     logging.getLogger(_name).addFilter(lambda record, start=_start: not str(record.msg).startswith(start))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -72,11 +74,6 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return " ".join(str(error).split())[:most]
 
 
-def not_utf8(error: UnicodeEncodeError) -> InputError:
-    """What to do with a file's name, or a text, that is no UTF-8: half a surrogate pair stands for each such byte."""
-    return refusal("lib/not-utf8", text=error.object[max(0, error.start - 80) : error.end + 80])
-
-
 class Terminated(SystemExit):
     """The process was asked to end by SIGTERM: uncaught, it ends Python with exit code 143 and no traceback."""
 
@@ -112,7 +109,8 @@ def sigterm_raises() -> contextlib.AbstractContextManager[None]:
 
 
 EXTRAS = {
-    **dict.fromkeys(("gguf", "llama_cpp"), "gguf"),
+    **dict.fromkeys(("accelerate", "bitsandbytes", "peft", "torch", "torchao"), "torch"),
+    "llama_cpp": "gguf",
     **dict.fromkeys(("fastapi", "segno", "sse_starlette", "starlette", "uvicorn"), "serve"),
     **dict.fromkeys(("starlette_context", "pydantic_settings"), "serve"),
     **dict.fromkeys(("compressed_tensors", "llmcompressor"), "gptq"),
@@ -144,9 +142,30 @@ def as_input_error(error: BaseException) -> InputError | None:
         return error
     if isinstance(error, ModuleNotFoundError):
         return missing_library(error.name or str(error))
-    if isinstance(error, UnicodeEncodeError):
-        return not_utf8(error)
-    return other_version(error)
+    if isinstance(error, UnicodeEncodeError):  # half a surrogate pair stands for each byte that is no UTF-8
+        return refusal("lib/not-utf8", text=error.object[max(0, error.start - 80) : error.end + 80])
+    return closed_to_reading(error) or other_version(error)
+
+
+_DENIED = re.compile(r"PermissionError: \[Errno 13\] Permission denied: '([^'\n]+)'")
+
+
+def closed_to_reading(error: BaseException | str) -> InputError | None:
+    """What to do about a file or folder that is there, and that this user may not read; None for another error.
+
+    Args:
+        error: or the text of one that another process raised.
+    """
+    said = _DENIED.search(error) if isinstance(error, str) else None
+    name = said[1] if said else error.filename if isinstance(error, PermissionError) else None
+    if not isinstance(name, str):
+        return None
+    path = Path(name).absolute()
+    while not os.path.lexists(path) and path.parent != path:  # a file inside a closed folder cannot be seen
+        path = path.parent
+    if os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        return None
+    return refusal("lib/closed", path=path)
 
 
 def other_version(error: BaseException) -> InputError | None:

@@ -29,8 +29,11 @@ _DECIMAL = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", re.ASCII)
 _UNSEEN_ENDS = re.compile("[\x85\u2028\u2029]")
 """Characters that end a line in YAML and look like nothing."""
-_UNESCAPED = re.compile(r"\\[nt](?![a-z])")
-"""Backslash and n or t where a line end or a tab is meant; LaTeX goes on with a small letter."""
+_LATEX = "abla|atural|e|earrow|eg|eq|eqq|ewline|exists|geq|gtr|i|leq|less|mid|olimits|onumber|ormalsize|ot|otin"
+_LATEX += "|parallel|prec|subseteq|succ|supseteq|u|warrow|ag|an|anh|au|ext[a-z]*|frac|heta|herefore|ilde|imes|iny|o|op"
+_LATEX += "|riangle|riangleq"
+_UNESCAPED = re.compile(rf"\\[nt](?!({_LATEX})(?![a-z]))")
+"""Backslash and n or t where a line end or a tab is meant, not as in the words of LaTeX."""
 
 
 def parse(text: str, where: str, texts: Collection[str] = ()) -> dict[str, Any]:
@@ -65,7 +68,7 @@ def parse_value(text: str, key: str, is_text: bool = False) -> Any:
 
 def refuse_escape(key: str, written: str, where: str) -> None:
     """Refuse a prompt with a backslash and an n, or a t, which would reach the model as two characters."""
-    if key.endswith("_prompt") and (cut := _UNESCAPED.search(written)):
+    if key.endswith("prompt") and (cut := _UNESCAPED.search(written)):
         text = written[max(0, cut.start() - 20) : cut.end() + 20]
         raise refusal("lib/escape", where=where, key=key, text=text, letter=cut[0][1])
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
-import itertools
 import json
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
@@ -28,6 +28,8 @@ from pydantic import (
 
 from lib import parameter_file
 from lib.errors import InputError, refusal, refusing
+from lib.language import HELP, told, translated
+from lib.progress import say
 
 # Names of the formats that a model can be stored in. No library is needed to know them.
 
@@ -39,6 +41,7 @@ def _table(name: str) -> dict[str, Any]:
 _FORMATS = _table("formats.yaml")
 _ERRORS = _table("settings_errors.yaml")
 QUANTIZATION_TYPES, IMATRIX_TYPES = tuple(_FORMATS["quantization"]), tuple(_FORMATS["imatrix"])
+UNQUANTIZED = tuple(_FORMATS["unquantized"])
 TENSOR_TYPES, EXPORT_FORMATS = tuple(_FORMATS["tensor"]), tuple(_FORMATS["export"])
 
 NF4 = "nf4"
@@ -56,8 +59,14 @@ GRID_SIZABLE = 0.1
 
 # The schema of a parameter file. The defaults are the values of params/quick.yaml.
 
+RUN_VARIABLE = "WORKBOOK_RUN"
+"""Environment variable: the run of notebooks that somebody works in by hand."""
+
 OFFLINE_BASE = "offline"
-SAMPLE_DATASET = "sample"
+SAMPLES = {"sample": "classification", "sample-ner": "instruction", "sample-qa": "instruction"}
+"""The sample corpora that the workbook makes, and the tasks of their rows."""
+UNTRAINED = "none"
+"""The finetuning_type of a run whose base model goes through it as it is."""
 SENTIMENT_PROMPT = "你是情感分析助手。"
 
 
@@ -74,13 +83,26 @@ def folded(value: Any) -> str:
     return whole[1] if whole else text
 
 
+MOST_LABELS = 1000
+
+
 def _distinct_labels(value: list[str]) -> list[str]:
     if len(set(value)) != len(value) or any(not name.strip() for name in value):
         raise ValueError("expected distinct, non-empty names")
-    if same := next((pair for pair in itertools.combinations(value, 2) if folded(pair[0]) == folded(pair[1])), None):
-        raise ValueError(f"expected names that differ when labels are read; {same[0]!r} and {same[1]!r} do not")
+    if len(value) > MOST_LABELS:
+        raise ValueError(f"expected at most {MOST_LABELS:,} names: each is compared with every other")
+    first: dict[str, str] = {}
+    for name in value:
+        if (same := first.setdefault(folded(name), name)) != name:
+            raise ValueError(f"expected names that differ when labels are read; {same!r} and {name!r} do not")
     if spaced := [name for name in value if name != name.strip()]:
         raise ValueError(_ERRORS["spaces"].format(name=spaced[0]))
+    return value
+
+
+def _no_address(value: str) -> str:
+    if "://" in value:
+        raise ValueError(_ERRORS["address"])
     return value
 
 
@@ -92,6 +114,7 @@ def _known_fallbacks(value: list[dict[str, str | int]]) -> list[dict[str, str | 
         counted = "rows" not in entry or ("dataset" in entry and typed and entry["rows"] > 0)
         if not (typed and known and hashed and counted and ("base_model" in entry) != ("dataset" in entry)):
             raise ValueError(_ERRORS["fallbacks"].format(entry=entry))
+        _no_address(str(entry.get("base_model", entry.get("dataset"))))
     return value
 
 
@@ -141,17 +164,36 @@ def _tensor_type(value: str) -> str:
     return value
 
 
+def _no_control_characters(value: Any) -> Any:
+    texts = value if isinstance(value, list) else [value]
+    for text in (text for text in texts if isinstance(text, str)):
+        if found := re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", text):
+            raise ValueError(_ERRORS["control"].format(character=ord(found[0])))
+    return value
+
+
+def _share_or_updates(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError(_ERRORS["updates"].format(steps=value))
+    return value
+
+
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "run_name": _slug,
+    **dict.fromkeys(("base_model", "adapter", "dataset"), _no_address),
     "label_names": _distinct_labels,
     "user_prompt": _one_text,
     "system_prompt": _no_slot,
     "fallbacks": _known_fallbacks,
     "ladder": partial(
-        _each_known_once, known=(*QUANTIZATION_TYPES, *IMATRIX_TYPES), what="quantization type", usual=str.upper
+        _each_known_once,
+        known=(*UNQUANTIZED, *QUANTIZATION_TYPES, *IMATRIX_TYPES),
+        what="quantization type",
+        usual=str.upper,
     ),
     "tensor_types": _regex_and_type,
     "output_tensor_type": _tensor_type,
+    "warmup_steps": _share_or_updates,
     "token_embedding_type": _tensor_type,
     "export_formats": partial(_each_known_once, known=EXPORT_FORMATS, what="export format", usual=str.lower),
 }
@@ -162,7 +204,8 @@ def _field(key: str, default: Any, meaning: str, one_of: Sequence[str] = (), **l
     kind: Any = Literal[tuple(one_of)] if one_of else type(default)
     if kind is list:
         kind = list[dict[str, str | int]] if key == "fallbacks" else list[str]
-    checked = Annotated[kind, AfterValidator(_CHECKS[key])] if key in _CHECKS else kind
+    checks = [] if one_of else [AfterValidator(check) for check in (_no_control_characters, _CHECKS.get(key)) if check]
+    checked = Annotated[(kind, *checks)] if checks else kind
     return checked, Field(default, description=meaning, **limits)
 
 
@@ -171,7 +214,10 @@ _Keys: Any = create_model("_Keys", **{key: _field(key, **entry) for key, entry i
 
 _OF_ANSWERS, _OF_LABELS = (
     {key: _Keys.model_fields[key].default for key in keys}
-    for keys in (("terms", "prompts_file"), ("text_column", "label_column", "label_names", "user_prompt"))
+    for keys in (
+        ("answer_metric", "terms", "prompts_file"),
+        ("text_column", "label_column", "label_names", "user_prompt"),
+    )
 )
 """Keys that only rows without labels use, and only rows with labels, and their defaults."""
 
@@ -183,7 +229,7 @@ PART = "part"
 class Settings(_Keys):
     """All parameters of a run: the keys of settings.yaml."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> Settings:
@@ -193,13 +239,17 @@ class Settings(_Keys):
             "matrix": needing and self.imatrix in ("", "none"),
             "budgets": self.size_budget_mb and self.size_budget_bpw,
             "window": self.perplexity_tokens < self.n_ctx,
-            "sample": not labelled and self.dataset == SAMPLE_DATASET,
+            "sample": SAMPLES.get(self.dataset, self.task) != self.task,
             "folds": self.folds > 1 and self.adapter,
+            "answers": self.answer_metric != "none" and not self.generated_rows,
+            "untrained_folds": self.folds > 1 and self.finetuning_type == UNTRAINED,
+            "untrained_adapter": self.adapter and self.finetuning_type == UNTRAINED,
             "thinking": labelled and self.thinking,
             "prompt": not labelled and self.system_prompt == SENTIMENT_PROMPT,
         }
         if first := next((text for name, text in _ERRORS["contradictions"].items() if found[name]), None):
-            raise ValueError(first.format(own=self, needing=", ".join(needing), prompt=SENTIMENT_PROMPT))
+            values = {"needing": ", ".join(needing), "prompt": SENTIMENT_PROMPT, "sample": SAMPLES.get(self.dataset)}
+            raise ValueError(first.format(own=self, **values))
         for key, default in ({} if part else _OF_ANSWERS if labelled else _OF_LABELS).items():
             if getattr(self, key) != default:
                 raise ValueError(f"{key} has no effect with task {self.task}: leave it out")
@@ -240,10 +290,11 @@ def _sentence(place: str, error: dict[str, Any]) -> InputError:
             number = float(value)
             if not math.isfinite(number):
                 raise ValueError(value)
-            plain = format(number, ".12g") if error["type"] == "int_type" else _yaml_value(number)
+            plain = format(number, ".12g") if error["type"] == "int_type" else yaml_value(number)
             return refusal("lib/number-as-text", key=key, value=value, place=place, plain=plain)
     do = f"correct {key} ({Settings.model_fields[key].description})."
-    return InputError(f"{key}: {value!r} {place}.", f"{message[0].lower()}{message[1:]}.", do)
+    shown = re.sub(r"://\S*@", "://…@", repr(value))  # a password is told nobody
+    return InputError(f"{key}: {shown} {place}.", f"{message[0].lower()}{message[1:]}.", do)
 
 
 def check(values: dict[str, Any], where: str, replaced: Collection[str] = (), context: str | None = None) -> Settings:
@@ -269,6 +320,10 @@ def check(values: dict[str, Any], where: str, replaced: Collection[str] = (), co
         raise refusal("lib/key-no-text", where=where) from None
 
 
+_DATA = (".csv", ".tsv", ".xlsx", ".jsonl", ".parquet")
+"""Ends of names of data, which a parameter file has none of."""
+
+
 def load(path: Path | str, overrides: dict[str, Any] | None = None) -> Settings:
     """Read a parameter file.
 
@@ -280,12 +335,18 @@ def load(path: Path | str, overrides: dict[str, Any] | None = None) -> Settings:
         InputError: missing file, not YAML, not a flat mapping, or any refused key.
     """
     path = Path(path)
+    if path.is_dir():
+        raise refusal("lib/data-file", path=path)
     if not path.is_file():
         near = sorted(p.as_posix() for p in Path("params").glob("*.yaml"))
         known = ", ".join(near) if near else "params/quick.yaml of a clone"
         raise InputError(f"no file {path}.", "a parameter file (flat YAML).", f"use one of: {known}.")
+    if path.suffix.lower() in _DATA:
+        raise refusal("lib/data-file", path=path)
     with refusing(UnicodeDecodeError, "lib/file-no-text", path=path):
         text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        raise refusal("lib/data-file", path=path)
     values = parameter_file.parse(text, str(path), _texts())
     return check({**values, **(overrides or {})}, str(path), overrides or ())
 
@@ -295,12 +356,12 @@ def as_yaml(values: dict[str, Any]) -> str:
     lines = []
     for key, value in values.items():
         field = Settings.model_fields[key]
-        default = "" if value == field.default else f" (default: {_yaml_value(field.default)})"
-        lines.append(f"{key}: {_yaml_value(value)}  # {field.description}{default}")
+        default = "" if value == field.default else told(f" (default: {yaml_value(field.default)})")
+        lines.append(f"{key}: {yaml_value(value)}  # {translated(field.description, HELP)}{default}")
     return "\n".join(lines)
 
 
-def _yaml_value(value: Any) -> str:
+def yaml_value(value: Any) -> str:
     """JSON, which is YAML but for an exponent without a dot and for characters that nobody sees."""
     text = "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in json.dumps(value, ensure_ascii=False))
     return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
@@ -332,7 +393,9 @@ def _texts() -> set[str]:
 def from_notebook(namespace: dict[str, Any]) -> Settings:
     """Settings from a notebook's variables: call it as ``from_notebook(globals())`` after the parameters cell.
 
-    Names that papermill injected and the workbook does not know are refused (papermill itself only warns).
+    Names that papermill injected and the workbook does not know are refused (papermill itself only warns). A run_name
+    that is neither injected nor changed in the parameters cell is that of `RUN_VARIABLE`, where it is set: by hand the
+    seven notebooks are of one run, whose name is set once.
     """
     fields = Settings.model_fields
     known = {key: namespace[key] for key in fields if key in namespace}
@@ -342,4 +405,9 @@ def from_notebook(namespace: dict[str, Any]) -> Settings:
             targets = [t for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets]
             injected |= {t.id: namespace.get(t.id) for t in targets if isinstance(t, ast.Name)}
     unknown = {key: value for key, value in injected.items() if key not in fields}
-    return check({**known, **unknown}, "the parameters of this notebook", context=PART)
+    where = "the parameters of this notebook"
+    name, default = os.environ.get(RUN_VARIABLE, ""), fields["run_name"].default
+    if name and "run_name" not in injected and known.get("run_name", default) == default != name:
+        known["run_name"], where = name, f"{where}, whose run_name is {RUN_VARIABLE}"
+        say(f"run {name}, as {RUN_VARIABLE} says")
+    return check({**known, **unknown}, where, context=PART)

@@ -32,28 +32,19 @@ elif ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
     lack "the venv module of $python – apt install python3-venv (or python$minor-venv), dnf install python3-pip, or conda install pip"
 fi
 
-found_compiler() { # of the compilers named, does one translate a program?
-    source=$(mktemp -d 2>/dev/null) || return 1
-    printf 'int main(void) { return 0; }\n' >"$source/a.$1"
-    extension=$1
-    shift
-    status=1
-    for compiler in "$@"; do
-        if [ -n "$compiler" ] && $compiler "$source/a.$extension" -o "$source/a.out" >/dev/null 2>&1; then
-            status=0
-            break
-        fi
-    done
-    rm -rf "$source"
-    return $status
-}
-
 if [ -z "${WORKBOOK_WITHOUT_LLAMA_CPP:-}" ]; then
-    without="or, for notebooks 01 to 04 only, set WORKBOOK_WITHOUT_LLAMA_CPP=1"
-    found_compiler c "${CC:-}" cc gcc clang ||
-        lack "a C compiler (llama-cpp-python is compiled here) – apt install build-essential, dnf install gcc gcc-c++ make, conda install -c conda-forge compilers, $without"
-    found_compiler cpp "${CXX:-}" c++ g++ clang++ ||
-        lack "a C++ compiler (llama-cpp-python is compiled here) – apt install build-essential, dnf install gcc-c++, conda install -c conda-forge compilers, $without"
+    without="or, for notebooks 01 to 04 only, set WORKBOOK_WITHOUT_LLAMA_CPP=1; ready wheels: docs/setup.md"
+    here=$(dirname "$0" 2>/dev/null || printf scripts)
+    if /bin/sh "$here/compiler.sh" c && /bin/sh "$here/compiler.sh" cpp; then
+        :
+    elif [ -n "${PIP_EXTRA_INDEX_URL:-}" ]; then
+        printf 'No compiler: a ready wheel of llama-cpp-python is looked for where PIP_EXTRA_INDEX_URL says.\n' >&2
+    else
+        /bin/sh "$here/compiler.sh" c ||
+            lack "a C compiler (llama-cpp-python is compiled here) – apt install build-essential, dnf install gcc gcc-c++ make, conda install -c conda-forge compilers, $without"
+        /bin/sh "$here/compiler.sh" cpp ||
+            lack "a C++ compiler (llama-cpp-python is compiled here) – apt install build-essential, dnf install gcc-c++, conda install -c conda-forge compilers, $without"
+    fi
     command -v make >/dev/null 2>&1 || command -v ninja >/dev/null 2>&1 ||
         lack "make – apt install make, dnf install make, or conda install make"
 fi

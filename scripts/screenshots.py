@@ -7,40 +7,18 @@ python -m scripts.screenshots RUN --all FOLDER   every page at laptop and phone 
 from __future__ import annotations
 
 import argparse
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+from lib.report.pdf import print_page, run_browser
 from lib.runs.files import PROJECT, reports_folder
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-def browser() -> str:
-    """The first browser found."""
-    for name in BROWSERS:
-        if found := shutil.which(name):
-            return found
-    sys.exit(f"Missing: one of {', '.join(BROWSERS)} – apt install chromium, or dnf install chromium.")
 
 
 def shoot(page: Path, output: Path, width: int, height: int, scale: float = 1.0) -> None:
     """A picture of the top `height` pixels of a page at `width` pixels."""
-    _run(f"--window-size={width},{height}", f"--force-device-scale-factor={scale}", f"--screenshot={output}", page=page)
-
-
-def print_pdf(page: Path, output: Path) -> None:
-    """The page as it prints."""
-    _run("--no-pdf-header-footer", f"--print-to-pdf={output}", page=page)
-
-
-def _run(*options: str, page: Path) -> None:
-    with tempfile.TemporaryDirectory() as profile:
-        command = [browser(), "--headless", "--disable-gpu", "--no-sandbox", "--hide-scrollbars"]
-        command += [f"--user-data-dir={profile}", *options, page.resolve().as_uri()]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+    run_browser(
+        page, f"--window-size={width},{height}", f"--force-device-scale-factor={scale}", f"--screenshot={output}"
+    )
 
 
 def main() -> None:
@@ -57,7 +35,7 @@ def main() -> None:
         for page in pages:
             shoot(page, arguments.all / f"{page.stem}-laptop.png", 1280, 5000)
             shoot(page, arguments.all / f"{page.stem}-phone.png", 390, 8000)
-            print_pdf(page, arguments.all / f"{page.stem}.pdf")
+            print_page(page, arguments.all / f"{page.stem}.pdf")
         print(arguments.all)
         return
     images = PROJECT / "docs" / "images"

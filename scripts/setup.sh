@@ -23,6 +23,15 @@ trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+llama=$(grep '^llama_cpp_python==' requirements.txt)
+grep '^llama_cpp_python==' requirements.txt >"$work/llama.txt"
+compiled=yes
+if [ -z "${WORKBOOK_WITHOUT_LLAMA_CPP:-}" ] && ! { sh scripts/compiler.sh c && sh scripts/compiler.sh cpp; }; then
+    compiled=no # known before the downloads whether there is a wheel at all
+    .venv/bin/python scripts/satisfied.py --quiet "$work/llama.txt" ||
+        sh scripts/ready_wheel.sh .venv/bin/python "$llama" --dry-run
+fi
+
 torch=$(grep '^torch==' requirements.txt)
 say "[3/5] Installing $torch first, so that pip chooses the build for this machine …"
 grep -v '^llama_cpp_python==' requirements.txt >"$work/lock.txt"
@@ -31,7 +40,7 @@ if ! .venv/bin/python scripts/satisfied.py --quiet requirements.txt; then
     if ! .venv/bin/python scripts/satisfied.py --quiet "$work/torch.txt"; then
         pip install --quiet --dry-run --report "$work/report.json" --constraint "$work/lock.txt" "$torch"
         if grep -q '"name": "nvidia-' "$work/report.json"; then
-            say "      pip chose a build with CUDA (several GB; the README says how to take the CPU build)."
+            say "      pip chose a build with CUDA (several GB; docs/setup.md says how to take the CPU build)."
             WORKBOOK_NEED_GB=12 sh scripts/preflight.sh >/dev/null
         fi
         pip install --quiet --constraint "$work/lock.txt" "$torch"
@@ -40,11 +49,14 @@ fi
 
 say "[4/5] Installing the other packages of the lock (one to three minutes) …"
 pip install --quiet --requirement "$work/lock.txt"
-llama=$(grep '^llama_cpp_python==' requirements.txt)
-grep '^llama_cpp_python==' requirements.txt >"$work/llama.txt"
 if [ -n "${WORKBOOK_WITHOUT_LLAMA_CPP:-}" ]; then
     say "      Without llama-cpp-python, as WORKBOOK_WITHOUT_LLAMA_CPP asks: notebooks 05 to 07 will not run."
-elif ! .venv/bin/python scripts/satisfied.py --quiet "$work/llama.txt"; then
+elif .venv/bin/python scripts/satisfied.py --quiet "$work/llama.txt"; then
+    :
+elif [ "$compiled" = no ]; then
+    say "      Without a compiler: a ready wheel of $llama (make doctor tries it) …"
+    sh scripts/ready_wheel.sh .venv/bin/python "$llama"
+else
     # GCC leaves out most of the tile configuration of llama.cpp's AMX code (its ldtilecfg says that it reads 8 of the
     # 64 bytes; seen with 12.2), and every prompt on 8-bit weights then ends in SIGSEGV: compiled without that code
     export CFLAGS="${CFLAGS:-} -U__AMX_INT8__" CXXFLAGS="${CXXFLAGS:-} -U__AMX_INT8__"

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 import lib  # noqa: F401 - before libraries that it makes quick
+from lib import language, progress
 from tests.support import forking
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -21,6 +22,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 # CI and every machine draw the same examples: a red test is of the change. New ones: --hypothesis-profile=default
 settings.load_profile("ci")
 
+os.environ[language.VARIABLE] = language.ENGLISH  # the tests read English sentences, whatever the locale
 # A shell that runs the tests in the background ignores Ctrl-C for them and for all their children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for _name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):  # of `make test`: an inner make would talk about its folder
@@ -52,10 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup() -> None:
-    """What was there before a test is no garbage of it.
+    """What was there before a test is no garbage of it, and no line of progress of it.
 
     A collection, which stages ask for often, would walk through all of torch and transformers: a third of a second.
+    A line of another test, a moment ago, would keep the first one of this test back.
     """
+    progress._told.clear()
     gc.collect()
     gc.freeze()
 

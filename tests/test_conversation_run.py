@@ -24,8 +24,8 @@ from lib.runs.run import Run, open_run
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.log_probabilities import AnswerScores
 from lib.scoring.metric import ANSWER_PERPLEXITY
-from lib.scoring.text_metrics import read_prompts
 from lib.scoring.torch_backend import TransformersBackend
+from lib.scoring.word_lists import read_prompts
 from lib.settings import Settings, check
 from lib.stages.compare import stage as compare_stage
 from lib.stages.convert import stage as convert_stage
@@ -166,28 +166,43 @@ def test_what_the_models_write_is_measured_and_prompts_are_answered(results: dic
     assert result.content["terms"]["name"] == "counselling" and result.content["chrf"].startswith("nrefs:1|")
     for row in result.generated:
         assert row["measured"]["base"]["stopped"] == row["ended"]["base"]
-    assert [entry["prompt"] for entry in result.prompts["prompts"]] == [e["prompt"] for e in read_prompts("")]
+    assert [entry["prompt"] for entry in result.prompts["prompts"]] == [
+        e["prompt"] for e in read_prompts("counselling")
+    ]
     for entry in result.prompts["prompts"]:
         for own in entry["answers"].values():
             assert own["greedy"]["first_token_seconds"] > 0 and own["sampled"]["tokens"] <= 8
-    kept = read_json(result.product.path / "counselling_prompts.json")
-    assert kept == result.prompts and kept["system_prompt"] == "你是助手。"
+        alike = [own["greedy"]["same_start"] for own in entry["answers"].values()]
+        assert alike[0] is None and 0 <= alike[1] <= 1
+    kept = read_json(result.product.path / "prompts.json")
+    assert kept == result.prompts and kept["system_prompt"] == "你是助手。" and kept["set"] == "counselling"
 
 
 def test_every_gguf_file_writes_answers_to_the_same_rows(results: dict) -> None:
     from lib.report.compare_page import AnswerPage
 
     result, before = results["comparison"], results["evaluation"]
-    assert list(result.written["same_text"]) == ["F16", "Q8_0"] and result.written["same_text"]["F16"] == 2
+    models = ["F16", "Q8_0", "merged"]
+    assert list(result.written["same_text"]) == models and result.written["same_text"]["F16"] == 2
     assert [row["id"] for row in result.generated] == [row["id"] for row in before.generated]
     assert [row["question"] for row in result.generated] == [row["question"] for row in before.generated]
     metrics = {entry["key"]: entry for entry in result.written["metrics"]}
-    assert set(metrics["chrf"]["differences"]) == {"Q8_0"}
+    assert set(metrics["chrf"]["differences"]) == {"Q8_0", "merged"}
+    assert result.prompts["set"] == "counselling" and len(result.prompts["prompts"]) == 5
+    for one in (*result.generated, *result.prompts["prompts"]):
+        assert list(one["answers"]) == models
+        assert one["answers"]["F16"]["chrf"] is None and one["answers"]["merged"]["first_token_seconds"] > 0
+        texts = [answer["text"] for answer in one["answers"].values()]
+        assert [answer["same_text"] for answer in one["answers"].values()][1:] == [
+            text == texts[0] for text in texts[1:]
+        ]
     page = AnswerPage(result)
-    values, differences = (re.findall(r"<tr><td>([^<]+)</td>", table.data) for table in page.beside())
-    assert values == ["F16", "Q8_0"] and differences == ["Q8_0"]
-    assert "2 test rows, at most 8 tokens" in page.beside()[0].data
+    values, differences, alike, _ = (re.findall(r"<tr><td>([^<]+)</td>", table.data) for table in page.written())
+    assert values == alike == models and differences == models[1:]
+    assert "counselling" not in page.written()[3].data and "5 prompts" in page.written()[3].data
+    assert "2 test rows, at most 8 tokens" in page.written()[0].data
     assert page.disagreements()[0].data.startswith("- Q8_0: ")
+    assert result.prompts["prompts"][0]["prompt"] in page.written()[3].data
 
 
 def test_the_gate_compares_answers_without_labels(results: dict) -> None:
@@ -293,7 +308,14 @@ def test_what_the_pages_show(results: dict) -> None:
     (power,) = compared.detectable()
     assert "the margin is 1 %" in power.data and "answer perplexity" in compared.sizes().data
     assert all(entry["type"] in compared.quality().data for entry in results["comparison"].others)
-    parts = (compared.tests, compared.beside, compared.disagreements, compared.kept)
+    parts = (
+        compared.tests,
+        compared.written,
+        compared.speeds,
+        compared.divergences,
+        compared.disagreements,
+        compared.kept,
+    )
     assert all(shown.data for part in parts for shown in part() if shown)
     assert "does not apply" in str(weights_page.gate(results["gguf"].gate))
 
@@ -322,14 +344,37 @@ def test_the_command_line_evaluates_and_compares_answers(results: dict, tmp_path
     assert made["conditions"]["unigram_ppl"] == product.conditions["unigram_ppl"]
 
 
+def test_conversations_in_a_file_are_scored_as_those_of_the_run(
+    results: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lib.cli.evaluate import OpeningOptions, RowOptions, compare, evaluate
+
+    test = results["run"].folder / "data" / "test.jsonl"
+    rows = [json.loads(line)["messages"] for line in test.read_text(encoding="utf-8").splitlines()]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+    f16, part = results["gguf"].path, results["evaluation"].content["parts"]["all"]
+    most = results["data"].task.max_seq_length
+    options: dict = {"rows_from": RowOptions(str(data), max_seq_length=most), "as_json": True}
+    evaluate([str(f16)], opening=OpeningOptions(n_threads=1), output=tmp_path / "evaluation.json", **options)
+    (made,) = read_json(tmp_path / "evaluation.json")["models"]
+    assert made["perplexity"] == pytest.approx(part["finetuned"]["perplexity"], rel=0.02)
+    assert made["answer_tokens"] == part["tokens"] and made["leak_free"] is None
+    q8 = next(results["quantized"].product.path.glob("*.gguf"))
+    compare(f16, [q8], tmp_path / "compared", n_threads=1, **options)
+    entry, known = read_json(tmp_path / "compared" / "comparison.json")["files"][1], results["comparison"].files[1]
+    assert entry["answer_ppl"] == pytest.approx(known["answer_ppl"])
+    assert "rows.jsonl: conversations (task " in capsys.readouterr().err
+
+
 def test_the_command_line_says_that_there_are_no_labels(results: dict) -> None:
     from lib.cli.evaluate import RowOptions
 
     name = results["run"].name
-    with pytest.raises(InputError, match=r"--data for run .*rows without labels"):
-        RowOptions("rows.csv", name).task()
-    with pytest.raises(InputError, match="--label-names"):
-        RowOptions(None, name, label_names="a,b").task()
+    with pytest.raises(InputError, match=r"--label-names, --text-column for run .*rows without labels"):
+        RowOptions("rows.csv", name, label_names="a,b", text_column="c").task()
+    with pytest.raises(InputError, match=r"--system-prompt for run"):
+        RowOptions(None, name, system_prompt="a").task()
     assert RowOptions(None, name, max_seq_length=99).task().max_seq_length == 99
 
 

@@ -59,3 +59,20 @@ def test_no_limits_and_no_control_groups(own: Path) -> None:
     assert machine.total_memory() == 65536 * MIB and machine.available_memory() == 32768 * MIB
     own.write_text("0::/\nodd\n")
     assert machine.available_memory() == 32768 * MIB
+
+
+def test_every_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    import torch
+
+    cards = [
+        SimpleNamespace(name="Tesla T4", total_memory=15 * 2**30, major=7, minor=5),
+        SimpleNamespace(name="NVIDIA H200", total_memory=140 * 2**30, major=9, minor=0),
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", cards.__getitem__)
+    first, second = machine.gpus()
+    assert first.startswith("Tesla T4, 15.0 GiB, compute capability 7.5")
+    assert second.startswith("NVIDIA H200, 140.0 GiB, compute capability 9.0")

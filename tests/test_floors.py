@@ -15,6 +15,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 ORDER = (
     *(
         "errors",
+        "language",
         "progress",
         "parameter_file",
         "settings",
@@ -26,7 +27,7 @@ ORDER = (
         "scoring",
         "select",
     ),
-    *("stages", "serve", "report", "cli"),
+    *("stages", "pipeline", "serve", "report", "cli"),
 )
 """Rooms from the ground up. `select` stands below the stages: it only reads what they made, and a training may begin
 with the adapter that it chooses."""

@@ -40,7 +40,7 @@ def environment() -> dict:
     return yaml.safe_load((PROJECT / "environment.yml").read_text(encoding="utf-8"))
 
 
-LOCKED = ("gguf", "serve", "gptq", "lab", "dev")
+LOCKED = ("torch", "gguf", "serve", "gptq", "lab", "dev")
 """Extras that the lock holds; modelscope is installed by those who want it."""
 
 
@@ -101,7 +101,9 @@ def test_the_lock_is_the_closure_of_all_extras_and_nothing_else(lock: dict[str, 
 
 
 def test_training_or_scoring_alone_needs_less_than_half(lock: dict[str, Requirement], project: dict) -> None:
-    training, scoring = closure(requirements_of(project)), closure(requirements_of(project, "gguf"))
+    base, training = closure(requirements_of(project)), closure(requirements_of(project, "torch"))
+    scoring = closure(requirements_of(project, "torch", "gguf"))
+    assert not base & {"torch", "llama-cpp-python"}, "inspecting and simulating need neither"
     assert not training & {"llama-cpp-python", "llmcompressor", "jupyterlab", "matplotlib", "fastapi"}
     assert len(training) < len(scoring) < len(lock) / 2
 

@@ -86,7 +86,14 @@ def rows_for(profile: str, folder: Path, shared: Path) -> Path:
 
 def test_every_profile_is_run() -> None:
     shipped = {path.stem for path in (PROJECT / "params").glob("*.yaml")}
-    whole = {"quick", "chnsenticorp-offline", "smollm2-movies", "smollm2-amazon"}  # need no random weights
+    whole = {
+        "quick",
+        "chnsenticorp-offline",
+        "smollm2-movies",
+        "smollm2-amazon",
+        "ner-offline",
+        "qa-offline",
+    }  # need no random weights
     assert shipped == {*PROFILES, *whole}
 
 

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bs4 import BeautifulSoup
 
 from lib.runs.manifest import NOTEBOOK_OF
 from lib.settings import Settings
-from tests.support.pages import problems
+from tests.support.browser import measured, needs_browser, printed, sheets
+from tests.support.pages import broken_links, problems
 
 pytestmark = pytest.mark.report
 PROJECT = Path(__file__).resolve().parents[1]
@@ -35,6 +37,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("home")
     ended = report(home, measured=False)  # a third faster; the second run measures the notebooks
     assert ended.returncode == 0, ended.stderr[-4000:]
+    assert "Expected until the end of 07_compare_quantized, roughly: " in ended.stderr
     yield home
 
 
@@ -52,6 +55,52 @@ def test_every_page_is_there_and_without_faults(finished: Path) -> None:
     for index in (folder / "index.html", finished / "reports/index.html"):
         assert problems(index) == []
         assert STAMP in index.read_text(encoding="utf-8")
+    assert broken_links(folder) == []
+
+
+PAGES = [*NAMES, "index"]
+SHEETS = {"07_compare_quantized": 6}
+"""Most sheets of A4 that a page prints on, where it may be more than four."""
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_fits_a_desk_and_a_phone(name: str, width: int, finished: Path) -> None:
+    found = measured(finished / f"reports/quick/{name}.html", width)
+    assert found["width"] == width and found["boxes"] > 50
+    assert found["problems"] == []
+
+
+@needs_browser
+@pytest.mark.parametrize("name", PAGES)
+def test_every_page_prints_on_few_sheets(name: str, finished: Path, tmp_path: Path) -> None:
+    assert 1 <= printed(finished / f"reports/quick/{name}.html", tmp_path) <= SHEETS.get(name, 4)
+
+
+def test_the_comparison_opens_with_the_answer_that_the_terminal_ends_with(finished: Path) -> None:
+    page = BeautifulSoup((finished / "reports/quick/07_compare_quantized.html").read_text("utf-8"), "html.parser")
+    box = [line.get_text().replace("\u00a0", " ") for line in page.select("main div.answer > p")]
+    ended = report(finished, measured=False)
+    answer, opened = ended.stdout.splitlines()[-2:]
+    assert answer == " ".join(box)
+    assert opened == f"Open in a browser: {finished / 'reports/quick/index.html'}"
+    found = json.loads((finished / "runs/quick/comparison/comparison.json").read_text("utf-8"))["recommendation"]
+    assert box[:2] == [found["headline"], found["text"]]
+
+
+@needs_browser
+def test_the_whole_run_as_one_pdf(finished: Path) -> None:
+    """Another title or more detail starts no kernel; the terminal names the file."""
+    options = ("-p", "author=A. Student", "-p", "course=Seminar", "--pdf")
+    made, counts = finished / "reports/quick/report.pdf", {}
+    for detail in ("full", "short"):
+        ended = report(finished, *options, "-p", f"detail={detail}", measured=False)
+        assert ended.returncode == 0, ended.stderr[-4000:]
+        assert ended.stderr.count("unchanged, no kernel started") == len(NAMES)
+        assert ended.stdout.splitlines()[-1] == f"To hand in: {made}"
+        counts[detail] = sheets(made)
+    assert 12 <= counts["short"] <= 40 and counts["short"] < counts["full"] <= 80
 
 
 def test_the_task_is_learnable_and_not_trivial(finished: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lib import settings
 from lib.errors import InputError
+from lib.runs.files import user_path
 from lib.settings import Settings
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -45,7 +46,7 @@ def test_the_complete_file_is_the_same_run(path: Path, tmp_path: Path) -> None:
     assert settings.load(tmp_path / "complete.yaml").model_dump() == {**values, "learning_rate": 1.0e-7}
     for (key, field), line in zip(Settings.model_fields.items(), text.splitlines(), strict=True):
         assert line.startswith(f"{key}: ") and field.description in line
-    assert "learning_rate: 1.0e-07  # peak value; linear warm-up, cosine decay (default: 0.001)" in text
+    assert "learning_rate: 1.0e-07  # the peak value (default: 0.001)" in text
 
 
 TALK = {"task": "dialogue", "dataset": "d.jsonl", "system_prompt": "x"}
@@ -66,6 +67,8 @@ TALK = {"task": "dialogue", "dataset": "d.jsonl", "system_prompt": "x"}
         ({"label_names": ["负面", " 正面"]}, ["label_names", "white space", "' 正面'"]),
         ({"label_names": ["负面\n", "正面"]}, ["white space"]),
         ({"user_prompt": "no slot"}, ["{text}"]),
+        ({"system_prompt": "判断\0情感"}, ["system_prompt", "control character U+0000"]),
+        ({"label_names": ["负\x1b面", "正面"]}, ["label_names", "control character U+001B"]),
         ({"run_name": "../up"}, ["run_name", "letters"]),
         ({"user_prompt": "看 {{text}}"}, ["{text}", "braces"]),
         ({"user_prompt": "看 ${text}"}, ["{text}", "$"]),
@@ -74,11 +77,23 @@ TALK = {"task": "dialogue", "dataset": "d.jsonl", "system_prompt": "x"}
         ({"tensor_types": ["(=q8_0"]}, ["'('", "no regular expression"]),
         ({"terms": "cryptography"}, ["terms has no effect with task classification"]),
         ({"prompts_file": "p.txt"}, ["prompts_file", "no effect"]),
+        ({"answer_metric": "entity_f1"}, ["answer_metric has no effect with task classification"]),
+        ({**TALK, "answer_metric": "f1"}, ["answer_metric", "'f1'", "'entity_f1'"]),
+        ({**TALK, "answer_metric": "exact_match", "generated_rows": 0}, ["exact_match", "set generated_rows"]),
+        ({"dataset": "sample-ner"}, ["the sample corpus sample-ner", "task instruction"]),
+        ({**TALK, "dataset": "sample"}, ["the sample corpus sample", "task classification", "task dialogue"]),
         ({**TALK, "user_prompt": "请用英文回答：{text}"}, ["user_prompt", "no effect with task dialogue"]),
         ({**TALK, "label_names": ["a", "b"]}, ["label_names", "no effect"]),
         ({**TALK, "text_column": "t"}, ["text_column", "no effect"]),
         ({"n_ctx": 1024, "perplexity_tokens": 512}, ["perplexity_tokens (512)", "n_ctx (1024)"]),
         ({"folds": 5, "adapter": "some/adapter"}, ["folds trains a model for each part", "leave adapter out"]),
+        ({"warmup_steps": 2.5}, ["warmup_steps", "whole number of updates", "2.5"]),
+        ({"lr_scheduler_type": "cosinus"}, ["lr_scheduler_type", "cosinus"]),
+        ({"folds": 5, "finetuning_type": "none"}, ["folds trains a model for each part", "set folds to 1"]),
+        (
+            {"adapter": "some/adapter", "finetuning_type": "none"},
+            ["finetuning_type none takes the base model as it is"],
+        ),
     ],
 )
 def test_refusals_name_key_value_and_cure(values: dict, parts: list[str]) -> None:
@@ -132,10 +147,16 @@ def test_missing_file_names_the_known_ones(tmp_path: Path) -> None:
         ("dataset", "1234", "1234"),
         ("ladder", "Q8_0, Q4_0", ["Q8_0", "Q4_0"]),
         ("ladder", "[Q8_0]", ["Q8_0"]),
+        ("ladder", "F32,BF16", ["F32", "BF16"]),
         ("label_names", '"a","b, c"', ["a", "b, c"]),
         ("label_names", "'a', 'b'", ["a", "b"]),
         ("user_prompt", "判断\n{text}", "判断\n{text}"),
         ("user_prompt", r"\nabla {text} \theta", r"\nabla {text} \theta"),
+        (
+            "user_prompt",
+            r"{text} \neq \frac{1}{\nu} \textbf{x} \times \to \top",
+            r"{text} \neq \frac{1}{\nu} \textbf{x} \times \to \top",
+        ),
     ],
 )
 def test_overrides_of_the_command_line(key: str, text: str, value: object) -> None:
@@ -151,7 +172,9 @@ def test_a_number_given_by_p_means_what_it_means_in_a_file(text: str, tmp_path: 
         settings.check({"seed": settings.parse_override("seed", text)}, "-p", ("seed",))
 
 
-@pytest.mark.parametrize("text", [r"判断\n{text}", r"a\n\n{text}", r"\t{text}"])
+@pytest.mark.parametrize(
+    "text", [r"判断\n{text}", r"a\n\n{text}", r"\t{text}", r"classify.\nreview {text}", r"a\ttext {text}"]
+)
 @pytest.mark.parametrize("key", ["user_prompt", "system_prompt"])
 def test_a_line_end_that_a_shell_did_not_make(key: str, text: str, tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(f"{key}: {text}\n", encoding="utf-8")
@@ -160,7 +183,24 @@ def test_a_line_end_that_a_shell_did_not_make(key: str, text: str, tmp_path: Pat
             read()
 
 
-@pytest.mark.parametrize("odd", ["\x85", "\u2028", "\x7f", "\ufeff", "\u200b", "\U000e0001", "\u3000"])
+def test_many_names_end_at_once_and_no_number_is_endless() -> None:
+    settings.check({"label_names": [f"a{i}" for i in range(1000)]}, "x")
+    with pytest.raises(InputError, match="at most 1,000 names"):
+        settings.check({"label_names": [f"a{i}" for i in range(100000)]}, "x")
+    with pytest.raises(InputError, match="'1' and '01' do not"):
+        settings.check({"label_names": ["1", "2", "01"]}, "x")
+    for value in (float("inf"), float("nan")):
+        with pytest.raises(InputError, match="gate_max_kld"):
+            settings.check({"gate_max_kld": value}, "x")
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a" * 5000, "~nosuchuser/x"])
+def test_a_text_that_is_no_path_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="no path"):
+        user_path(text)
+
+
+@pytest.mark.parametrize("odd", ["\x85", "\u2028", "\ufeff", "\u200b", "\U000e0001", "\u3000"])
 def test_characters_that_nobody_sees_are_written_so_that_they_come_back(odd: str, tmp_path: Path) -> None:
     asked = settings.check({"user_prompt": f"x{odd}{{text}}"}, "x")
     (tmp_path / "p.yaml").write_text(settings.as_yaml(asked.model_dump()), encoding="utf-8")
@@ -174,3 +214,30 @@ def test_notebook_variables_and_injected_unknown_names() -> None:
     namespace["lerning_rate"] = 0.1
     with pytest.raises(InputError, match="lerning_rate"):
         settings.from_notebook(namespace)
+
+
+def test_the_run_of_notebooks_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By WORKBOOK_RUN, where a notebook's own cell was left as it is; whatever papermill or the user gives wins."""
+    own = {"run_name": "quick", "seed": 42, "In": ["", 'run_name = "quick"']}
+    assert settings.from_notebook(own).run_name == "quick" and capsys.readouterr().err == ""
+    monkeypatch.setenv("WORKBOOK_RUN", "reviews")
+    assert settings.from_notebook(own).run_name == "reviews"
+    assert "run reviews, as WORKBOOK_RUN says" in capsys.readouterr().err
+    assert settings.from_notebook(own | {"run_name": "mine"}).run_name == "mine"
+    by_papermill = own | {"In": ["", '# Parameters\nrun_name = "quick"\n']}
+    assert settings.from_notebook(by_papermill).run_name == "quick" and capsys.readouterr().err == ""
+    monkeypatch.setenv("WORKBOOK_RUN", "a/b")
+    with pytest.raises(InputError, match="WORKBOOK_RUN"):
+        settings.from_notebook(own)
+
+
+@pytest.mark.parametrize("user", ["user:SECRET@", "u:SE/SECRET@x@", ""])
+@pytest.mark.parametrize("key", ["dataset", "base_model", "adapter", "fallbacks"])
+def test_a_web_address_is_refused_without_its_password(key: str, user: str) -> None:
+    address = f"https://{user}127.0.0.1:9/rows.csv"
+    value = [{"dataset": "a.csv"}, {"base_model": address}] if key == "fallbacks" else address
+    with pytest.raises(InputError, match="a web address is none of") as caught:
+        settings.check({key: value}, "x.yaml")
+    assert "SECRET" not in str(caught.value)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -20,6 +22,10 @@ def byte_tokens() -> list[str]:
 
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MERGED = "!!"
+WITH_MERGE = [*(MERGED if token == "ÿ" else token for token in byte_tokens()), *SPECIAL_TOKENS]
+"""Tokens as `write` has them by default, but with the one that its only merge makes in place of byte 255 (in no text):
+the files for `quantize`, whose bytes are compared, have a merge of no token; `serve` and `perplexity` refuse those."""
 
 
 def noise(shape: tuple[int, ...], seed: int, scale: float = 0.05) -> np.ndarray:
@@ -87,7 +93,7 @@ def write(
         outtype: "f16" or "f32" for the matrices.
         half: vectors that are float16, too.
     """
-    merges = ["! !"]
+    merges = [" ".join(MERGED)]
     if tokenizer is not None:
         tokens, merges = _saved(tokenizer)
     tokens = tokens or [*byte_tokens(), *SPECIAL_TOKENS]
@@ -163,6 +169,27 @@ def with_number(source: Path, target: Path, key: str, value: int) -> Path:
     place = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4
     data[place : place + 4] = struct.pack("<I", value)
     target.write_bytes(data)
+    return target
+
+
+def with_values(source: Path, target: Path, values: Mapping[str, Any]) -> Path:
+    """A copy of a GGUF file with other values of some keys, or further small numbers."""
+    reader, new = gguf.GGUFReader(source), dict(values)
+    writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+    for key, held in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture":
+            continue
+        value = new.pop(key) if key in new else held.contents()
+        if value != []:  # the library writes no empty list
+            writer.add_key_value(key, value, held.types[0], held.types[1] if len(held.types) > 1 else None)
+    for key, value in new.items():
+        writer.add_uint16(key, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return target
 
 

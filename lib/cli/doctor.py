@@ -1,6 +1,6 @@
-"""`workbook doctor`: what this machine can run, with a cure for every lack, and which way of training fits it.
+"""`workbook doctor`: what this machine can run, with a cure for every lack, and what a parameter file would take here.
 
-No network is used.
+The network is used for config.json of a base model alone, where that is neither on this disk nor shipped.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lib.cli.console import show, table
-from lib.errors import in_words
+from lib.cli.console import padded, show, table
+from lib.errors import InputError, in_words
+from lib.language import HELP, LABEL, told, translated
 from lib.runs import machine
-from lib.runs.files import PROJECT, data_file, home, user_path
+from lib.runs.files import PROJECT, data_file, free_space, home, user_path
 from lib.runs.manifest import version_of
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def doctor(
 ARITHMETIC = """\
 GiB. A trained weight takes 4 bytes in the adapter, 4 as gradient, 8 in AdamW; activations grow with rows ×
 tokens; a plan fits when its need is at most nine tenths of what is free."""
+PER_THOUSAND = {"train": 1000, "test": 1000}
+"""Rows that times are told for where the data does not lie here."""
 PARTS = ("process", "weights", "adapter", "gradients", "optimizer", "activations", "logits")
 
 
@@ -58,26 +61,80 @@ def _recommend(params_file: Path | None, model: str | None, pairs: Sequence[str]
     from lib import settings as lib_settings
     from lib.cli.report import parsed
     from lib.report.runner import ready, refuse_quantized
-    from lib.stages.finetune.memory import recommend
+    from lib.report.sentences import sentence
+    from lib.settings import UNTRAINED
 
     overrides = parsed(pairs)
     settings = ready(
         lib_settings.load(params_file, overrides) if params_file else lib_settings.check(overrides, "-p", overrides)
     )
     refuse_quantized(settings)
-    rows, unused = _ask_what_is_here(settings, model)
-    found = recommend(settings, model)
-    text = strategy_text(found, settings) + rows_text(settings, rows)
+    rows: dict[str, Any] | None = None
+    unused: list[str] = []
+    counts: dict[str, int] = {}
+    refused: InputError | None = None
+    try:
+        rows, unused, counts = _ask_what_is_here(settings, model)
+    except InputError as error:
+        if user_path(settings.dataset).exists() or not Path(settings.dataset).suffix:
+            raise
+        refused = error  # rows that have yet to be brought: the rest is told all the same
+    takes = _what_it_takes(settings, model, counts)
+    found: dict[str, Any] = {}
+    if settings.finetuning_type == UNTRAINED:
+        text = sentence("doctor.untrained")
+    elif machine.has_module("torch"):
+        from lib.stages.finetune.memory import recommend
+
+        found = recommend(settings, model)
+        text = strategy_text(found, settings, takes)
+    else:
+        text = sentence("doctor.no_torch")
+    text += "\n\n" + sentence("doctor.takes", **takes) + rows_text(settings, rows)
     text += "\n".join(["\n" if unused else "", *(f"Of the data {why}." for why in unused)])
-    show({**found, "test_rows": rows, "not_used": unused}, as_json, text)
+    show({**found, "takes": takes, "test_rows": rows, "not_used": unused}, as_json, text)
+    if refused:
+        raise refused
 
 
-def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, Any] | None, list[str]]:
+def _what_it_takes(settings: Settings, model: str | None, counts: dict[str, int]) -> dict[str, Any]:
+    """Disk, time, what 05 and the export formats say of the model: see `lib.pipeline.resources`."""
+    from lib.models.configurations import shapes_of
+    from lib.pipeline import resources
+
+    config, where = resources.configuration(model or settings.base_model)
+    try:
+        shapes = shapes_of(config)
+    except KeyError:
+        return {"family": config.get("model_type"), "long": False}
+    takes = resources.expected(settings, shapes, counts or PER_THOUSAND, where in ("shipped", "hub"))
+    return {
+        "family": None,
+        "where": where,
+        "weights": takes.weights,
+        "disk": takes.disk,
+        "disk_total": sum(takes.disk.values()),
+        "disk_free": free_space(home()),
+        "home": str(home()),
+        "seconds": takes.seconds,
+        "time": takes.time,
+        "long": sum(takes.seconds.values()) > resources.LONG,
+        "rows": counts or None,
+        "epochs": settings.num_train_epochs,
+        "tokens": settings.max_seq_length,
+        "speed": asdict(takes.speed),
+        "conversion": resources.conversion_problem(config),
+        "reasons": config.get("reasons"),
+        "formats": resources.possible_formats(settings, shapes),
+    }
+
+
+def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, Any] | None, list[str], dict[str, int]]:
     """What the steps of the run would refuse of the data, model and adapter that lie on this disk.
 
     Returns:
         what the test rows can show (`lib.report.data_page.detectable`); None where they lie elsewhere or have no
-        labels. What of the data is not used, in the words of page 01.
+        labels. What of the data is not used, in the words of page 01. Rows by split; empty where they lie elsewhere.
 
     Raises:
         InputError: the first of them.
@@ -90,7 +147,7 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
     from lib.models.merge_plan import check_fit, refuse_unsupported
     from lib.report.data_page import detectable
     from lib.scoring.metric import rows_of_folds
-    from lib.settings import OFFLINE_BASE, SAMPLE_DATASET
+    from lib.settings import OFFLINE_BASE, SAMPLES
     from lib.stages.convert.convert import plan_conversion
     from lib.stages.data.data_files import FORMATS
     from lib.stages.data.reading import choose_data
@@ -102,7 +159,7 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
     source, base = model or settings.base_model, user_path(model or settings.base_model)
     rows, unused, tokenizer = None, [], None
     folds = []
-    if settings.dataset == SAMPLE_DATASET or here(settings.dataset) or Path(settings.dataset).suffix.lower() in FORMATS:
+    if settings.dataset in SAMPLES or here(settings.dataset) or Path(settings.dataset).suffix.lower() in FORMATS:
         table = choose_data(settings)
         folds = [divide(settings, table, fold) for fold in range(1, settings.folds + 1)]
         tested = [fold.splits["test"] for fold in folds]
@@ -110,6 +167,9 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
         unused = [why for why in folds[0].changes + table.changes if why.startswith("not used")]
         if settings.task == "classification":
             rows = detectable(rows_of_folds(parts))
+    counts = {name: len(part) for name, part in folds[0].splits.items()} if folds else {}
+    if not machine.has_module("torch"):
+        return rows, unused, counts
     own = here(source, OFFLINE_BASE) and base.is_dir()
     if own and (model is None or any(base.glob("*.safetensors"))):
         check_base_folder(base)
@@ -129,7 +189,7 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
             check_fit(adapter, base)
         else:
             refuse_unsupported(read_adapter(adapter))
-    return rows, unused
+    return rows, unused, counts
 
 
 def rows_text(settings: Settings, rows: dict[str, Any] | None) -> str:
@@ -141,29 +201,30 @@ def rows_text(settings: Settings, rows: dict[str, Any] | None) -> str:
         return ""
     margin = settings.equivalence_margin
     needed = [(share, rows_for(share, margin / 100)) for share in (0.0, 0.01, 0.02)]
-    told = [sentence("data.detectable", **rows), sentence("doctor.rows_needed", margin=margin, needed=needed)]
-    return "\n\n" + "\n".join(told).replace("**", "")
+    words = [sentence("data.detectable", **rows), sentence("doctor.rows_needed", margin=margin, needed=needed)]
+    return "\n\n" + "\n".join(words).replace("**", "")
 
 
-def strategy_text(found: dict[str, Any], settings: Settings) -> str:
-    """The plans as a table, the recommended one with the settings it needs."""
+def strategy_text(found: dict[str, Any], settings: Settings, takes: dict[str, Any]) -> str:
+    """The plans as a table, the recommended one with the settings it needs; `takes`: time and room, see `resources`."""
     from lib.report.sentences import sentence
 
     rows = []
     for plan in found["plans"]:
         parts = {part: f"{plan['estimate'][part] / GIB:.2f}" for part in PARTS}
-        fits = {"need": f"{plan['need'] / GIB:.2f}", "fits": "yes" if plan["fits"] else "no"}
-        rows.append({"plan": plan["name"], **parts, **fits})
+        fits = {"need": f"{plan['need'] / GIB:.2f}", "fits": translated("yes" if plan["fits"] else "no", LABEL)}
+        rows.append({"plan": told(plan["name"]), **parts, **fits})
     chosen = next((plan for plan in found["plans"] if plan["fits"]), None)
     if chosen is None:
         need = min(plan["need"] for plan in found["plans"] if plan["possible"]) / 0.9 / GIB
         advice = sentence("doctor.no_plan", gib=need, offload=found["offload"])
     else:
         asked = settings.model_copy(update=chosen["changes"])
-        values = {"devices": found["devices"], "plan": chosen, "asked": asked}
+        values = {"devices": found["devices"], "plan": chosen, "asked": asked, "takes": takes}
         advice = sentence("doctor.advice", **values, offload=found["offload"])
-    told = [sentence("doctor.model", found=found), sentence("doctor.room", found=found, gib=found["free"] / GIB)]
-    return "\n".join([*told, "", table(rows, ("plan", *PARTS, "need", "fits")), ARITHMETIC, "", advice])
+    words = [sentence("doctor.model", found=found), sentence("doctor.room", found=found, gib=found["free"] / GIB)]
+    shown = [{translated(key, LABEL): value for key, value in row.items()} for row in rows]
+    return "\n".join([*words, "", table(shown, list(shown[0])), translated(ARITHMETIC, HELP), "", advice])
 
 
 # What this machine can run.
@@ -218,8 +279,8 @@ def _check(name: str, found: str, lack: str | bool | None = None, state: str = L
     """
     if not lack:
         return Check(name, OK, found)
-    told = data_file("cli/cures.yaml")[cure or name]
-    return Check(name, state, str(lack), told["cure"].format(pip=_Pip()), told["touches"])
+    words = data_file("cli/cures.yaml")[cure or name]
+    return Check(name, state, str(lack), words["cure"].format(pip=_Pip()), words["touches"])
 
 
 def broken(found: Sequence[Check]) -> bool:
@@ -231,11 +292,11 @@ def as_text(found: Sequence[Check]) -> str:
     """One line a check, cure and notebooks below a lack, a summary at the end."""
     lines = []
     for check in found:
-        lines.append(f"{check.state:<7} {check.name:<17} {check.found}")
+        lines.append(f"{padded(told(check.state), 7)} {padded(told(check.name), 17)} {told(check.found)}")
         if check.cure:
-            lines.append(f"{'':<25} cure: {check.cure}")
+            lines.append(f"{'':<25} {told(f'cure: {check.cure}')}")
         if check.touches:
-            lines.append(f"{'':<25} touches: {check.touches}")
+            lines.append(f"{'':<25} {told(f'touches: {check.touches}')}")
     lacks = sum(check.state == LACK for check in found)
     if broken(found):
         end = "Something required is broken: cure it first."
@@ -243,18 +304,16 @@ def as_text(found: Sequence[Check]) -> str:
         end = f"Lacks: {lacks}. The notebooks that they do not touch run in full."
     else:
         end = "Everything is there."
-    return "\n".join([*lines, "", end])
+    return "\n".join([*lines, "", told(end)])
 
 
 def _locked() -> dict[str, str]:
     """Versions of requirements.txt that hold on this system, by name."""
-    versions = {}
-    for line in (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines():
-        requirement, _, marker = line.partition("#")[0].partition(";")
-        name, separator, version = requirement.strip().partition("==")
-        if separator and ("Darwin" not in marker or platform.system() == "Darwin"):
-            versions[name] = version.strip()
-    return versions
+    from packaging.requirements import Requirement
+
+    lines = (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {one.name: str(one.specifier).removeprefix("==") for one in found if not one.marker or one.marker.evaluate()}
 
 
 def lock_differences() -> list[str]:
@@ -275,6 +334,8 @@ def _lock() -> Check:
 
 
 def _torch() -> list[Check]:
+    if not machine.has_module("torch"):
+        return [_check("torch", "", "not installed: only inspecting, planning and simulating work")]
     try:
         import torch
 
@@ -282,9 +343,11 @@ def _torch() -> list[Check]:
     except Exception as error:  # a broken native library may raise anything
         return [_check("torch", "", in_words(error), BROKEN)]
     gpu, (dtype, reason) = machine.device_name(), machine.compute_dtype()
+    build = f"{torch.__version__}, built for CUDA {torch.version.cuda}" if torch.version.cuda else torch.__version__
+    gpus = [_check(f"GPU {number}", words) for number, words in enumerate(machine.gpus())]
     return [
-        _check("torch", torch.__version__),
-        _check("GPU", gpu, kind == "cpu" and f"none: {gpu}"),
+        _check("torch", build),
+        *(gpus or [_check("GPU", gpu, kind == "cpu" and f"none: {gpu}")]),
         _check("bfloat16", reason, dtype != "bfloat16" and reason),
     ]
 
@@ -332,15 +395,20 @@ def _room() -> list[Check]:
 
 def _tools() -> list[Check]:
     """What figures, footers, screenshots and the phone page need."""
-    from lib.report.charts import cjk_font
     from lib.stages.package.phone_page import library_lacks, library_version
 
-    font, git, missing = cjk_font(), shutil.which("git"), library_lacks()
+    figures = Check("Chinese font", INFO, "figures need the extra lab")
+    if machine.has_module("matplotlib"):
+        from lib.report.looks import cjk_font
+
+        font = cjk_font()
+        figures = _check("Chinese font", f"{font} (figures)", not font and "none: figures label in English")
+    git, missing = shutil.which("git"), library_lacks()
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     words = "" if missing else f"{library_version()} (phone page)"
     cure = "wllama" if shutil.which("npm") else "wllama without npm"
     return [
-        _check("Chinese font", f"{font} (figures)", not font and "none: figures label in English"),
+        figures,
         _check("git", str(git), not git and "absent"),
         _check("Chromium", str(browser), not browser and "absent"),
         _check("wllama", words, missing and f"{missing[0]} is not in .cache/wllama", cure=cure),

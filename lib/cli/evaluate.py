@@ -1,28 +1,30 @@
-"""`workbook evaluate`, `ask`, `compare`, `perplexity`: models and quantized files on the same rows, prompts or text."""
+"""`workbook evaluate`, `ask`, `compare`: models and quantized files on the same rows or prompts."""
 
 from __future__ import annotations
 
 import random
 import textwrap
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lib.cli.console import show, table
-from lib.errors import InputError, refusal, refusing
+from lib.cli.console import replacing, show, table
+from lib.errors import InputError, refusal
+from lib.parameter_file import refuse_escape
 from lib.progress import say
-from lib.runs.files import read_json, read_jsonl, user_path, utf8, writable, write_json
+from lib.runs.files import object_or_empty, read_json, read_jsonl, writable, write_json
 
 if TYPE_CHECKING:
     from lib.prompts.tasks import Task
     from lib.runs.run import Product
-    from lib.scoring.measure import Text
     from lib.stages.evaluate.standalone import ModelOptions
 
 SEED = 42
 """Seed with which --max-samples draws."""
+LONGEST = 1024
+"""Most tokens of a conversation of --data, as in the profiles."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,43 @@ class RowOptions:
         return [name for name in ("text_column", "label_column") if getattr(self, name)]
 
     def task(self) -> Task:
-        """The task of --run, else of the defaults; options that were given replace its parts."""
+        """The task of --run, else as the rows of --data tell; options that were given replace its parts."""
         from lib import settings
         from lib.prompts.tasks import task_of
 
-        values: dict[str, Any] = {}
+        given, values = self.given, {}  # options are refused before a file is read
         if self.run_name is not None:
             values = read_json(self._product().path / "task.json")
             if "task" in values:
                 return self._conversation(values)
             self._check_label_names(values["label_names"])
-        return task_of(settings.check({**values, **self.given}, "the options"))
+        elif self.data is not None:
+            values = self._told(self.data)
+        return task_of(settings.check({**values, **given}, "the options"))
+
+    def _told(self, data: str) -> dict[str, Any]:
+        """What the rows of --data say of their task."""
+        from lib.settings import Settings
+        from lib.stages.data.dialogues import told_by_rows
+        from lib.stages.data.reading import read_table
+
+        table = [row for rows in read_table(data).splits.values() for row in rows]
+        names = self.given.get("label_names")
+        told = told_by_rows(table, names, self.text_column, self.label_column)
+        if told is None:
+            say(f"{data}: texts with labels, asked for as {', '.join(names or Settings().label_names)}")
+            return {}
+        self._refuse_options(data, told[0], but=("system_prompt", "max_seq_length"))
+        values = {"task": told[0], "thinking": told[1], "system_prompt": "", "max_seq_length": LONGEST, **self.given}
+        reasoning, most = "some" if told[1] else "none", values["max_seq_length"]
+        say(f"{data}: conversations (task {told[0]}), {reasoning} with reasoning, at most {most:,} tokens a row")
+        say(f"{data}: system turn of rows that bring none: {values['system_prompt'] or 'empty'}")
+        return {**values, "dataset": data}
+
+    def _refuse_options(self, what: str, task: str, but: Sequence[str]) -> None:
+        """Refuse what was given of a task with labels, for rows of another."""
+        if wrong := [f"--{name.replace('_', '-')}" for name in (*self.given, *self._columns) if name not in but]:
+            raise refusal("cli/not-of-conversations", options=", ".join(wrong), what=what, task=task)
 
     def part(self, name: str) -> Path | None:
         """A file or folder of --run's rows: "tokenizer", "train.jsonl"."""
@@ -90,9 +118,9 @@ class RowOptions:
 
     def _product(self) -> Product:
         """The rows of --run, with its task and tokenizer."""
-        from lib.runs.run import open_run
+        from lib.runs.run import known_run
 
-        return open_run(self.run_name).require("data")
+        return known_run(str(self.run_name)).require("data")
 
     def _check_label_names(self, own: list[str]) -> None:
         """The rows of --run hold numbers: other words for them are said, the same in another order are refused."""
@@ -104,20 +132,18 @@ class RowOptions:
         say(f"labels {', '.join(own)} of run {self.run_name} are asked for as {', '.join(given)}")
 
     def _conversation(self, values: dict[str, Any]) -> Task:
-        """The task of a run without labels, whose own test rows are the only ones it can be asked for."""
+        """The task of a run without labels, whose rows bring their prompts."""
         from lib.prompts.tasks import task_from_json
 
-        wrong = [f"--{name.replace('_', '-')}" for name in (*self.given, *self._columns) if name != "max_seq_length"]
-        wrong += ["--data"] if self.data is not None else []
-        if wrong:
-            raise refusal("cli/not-of-conversations", options=", ".join(wrong), run_name=self.run_name, values=values)
+        self._refuse_options(f"run {self.run_name!r}", values["task"], but=("max_seq_length",))
         return task_from_json({**values, **self.given})
 
     def _file_rows(self, data: str, task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows of --data; what is left out of them is said."""
         from lib.stages.data.stage import rows_from_file
 
-        rows, counts = rows_from_file(data, list(task.label_names), self.text_column, self.label_column)
+        names = list(task.label_names)
+        rows, counts = rows_from_file(data, names, self.text_column, self.label_column, None if names else task)
         if counts.get("split", "test") != "test":
             say(f"{data} has no test split: its rows of {counts['split']} are taken")
         if not self._audited(rows):
@@ -129,9 +155,11 @@ class RowOptions:
 
     def _audited(self, rows: list[dict[str, Any]]) -> bool:
         """Whether a leak audit was made for these rows, of --run against its own training rows."""
+        from lib.prompts.tasks import texts_of
+
         if self.run_name is not None:
-            own = {row["id"]: row["text"] for row in read_jsonl(self._product().path / "test.jsonl")}
-            if any(own.get(row["id"]) != row["text"] for row in rows):
+            own = {row["id"]: texts_of(row) for row in read_jsonl(self._product().path / "test.jsonl")}
+            if any(own.get(row["id"]) != texts_of(row) for row in rows):
                 return False
         return any(row.get("leaked") for row in rows)
 
@@ -166,6 +194,7 @@ def evaluate(
     opening: OpeningOptions = OpeningOptions(),
     output: Path | None = None,
     batch_size: int = 32,
+    force: bool = False,
     as_json: bool = False,
 ) -> None:
     """Accuracy (without labels: answer perplexity), interval, speed and memory of models on the same rows."""
@@ -173,7 +202,7 @@ def evaluate(
     from lib.stages.evaluate.standalone import evaluate_models
 
     if output is not None:
-        _refuse_unwritable(output, "data")
+        _refuse_unwritable(output, "data", force)
     options = opening.models(batch_size=batch_size, run_tokenizer=rows_from.part("tokenizer"))
     task = rows_from.task()
     rows, source = rows_from.rows(task)
@@ -188,37 +217,62 @@ def evaluate(
     )
     if output is not None:
         write_json(output, result)
-    shown = ("model", "n", *result_of(task).columns, "seconds_per_sample", "peak_memory_mib")
-    show(result, as_json, table(result["models"], shown))
+    shown = ("model", "n", *result_of(task).columns, "seconds_per_sample", "seconds", "peak_memory_mib")
+    text = table(result["models"], shown)
+    if task.label_names:
+        text += f"\n\n{_classes(result['models'], task.label_names)}"
+    show(result, as_json, text)
+
+
+def _classes(models: Sequence[dict[str, Any]], labels: Sequence[str]) -> str:
+    """What each model answered to the rows of every label, and how well."""
+    rows = [
+        {"model": told["model"], "label": label, **told["per_class"][label]}
+        | {f"answered {other}": count for other, count in zip(labels, counts, strict=True)}
+        for told in models
+        for label, counts in zip(labels, told["confusion"], strict=True)
+    ]
+    return table(rows, list(rows[0]))
 
 
 def ask(
     models: list[str],
     prompt: list[str] | None = None,
     prompts: str = "",
+    run_name: str | None = None,
     system_prompt: str = "",
     thinking: bool = False,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = SEED,
+    top_p: float | None = None,
+    seed: int | None = None,
     opening: OpeningOptions = OpeningOptions(),
     output: Path | None = None,
+    force: bool = False,
     as_json: bool = False,
 ) -> None:
     """What models answer to the same prompts, side by side, with latency, memory and likeness to the first model."""
     from lib.scoring.generation import Sampling
-    from lib.scoring.text_metrics import SHIPPED_PROMPTS, read_prompts
+    from lib.scoring.word_lists import SHIPPED_PROMPTS, read_prompts
     from lib.stages.evaluate.standalone import ask_models
 
     if output is not None:
-        _refuse_unwritable(output, "decoding")
+        _refuse_unwritable(output, "decoding", force)
+    if not temperature and (idle := [f"--{n}" for n, v in (("top-p", top_p), ("seed", seed)) if v is not None]):
+        raise refusal("cli/without-temperature", options=" and ".join(idle))
+    for key, texts in (("--prompt", prompt or ()), ("--system-prompt", [system_prompt])):
+        for text in texts:
+            refuse_escape(key, text, "workbook ask")
     options = opening.models()
     asked = [{"prompt": text, "reference": ""} for text in prompt or () if text.strip()]
     asked += read_prompts(prompts, "--prompts") if prompts else []
     if not asked:
         raise refusal("evaluate/no-prompts", sets=", ".join(SHIPPED_PROMPTS))
-    drawn = Sampling(temperature, top_p, seed) if temperature else None
+    if run_name is not None:  # as the run's model was trained: its system turn, its words around a text, its thinking
+        task = RowOptions(run_name=run_name).task()
+        asked = [{**one, "prompt": task.user_prompt.replace("{text}", one["prompt"])} for one in asked]
+        system_prompt, thinking = system_prompt or task.system_prompt, thinking or task.thinking
+    drawn = Sampling(temperature, top_p or 1.0, SEED if seed is None else seed) if temperature else None
     result = ask_models(models, asked, options, system_prompt, thinking, max_new_tokens, drawn)
     if output is not None:
         write_json(output, result)
@@ -260,17 +314,19 @@ def compare(
     n_gpu_layers: int = 0,
     n_threads: int = 0,
     device: list[Path] | None = None,
+    force: bool = False,
     as_json: bool = False,
 ) -> None:
     """Quantized files and folders against their reference: accuracy, flips, divergence, perplexity, speed, verdict."""
     from lib.report import steps_page
     from lib.runs.manifest import Manifest
     from lib.scoring.metric import metric_of
-    from lib.stages.compare.files import Comparison, compare_files
+    from lib.stages.compare.files import SUMMARY, Comparison, compare_files
     from lib.stages.compare.speed import match_files
 
     if output.name in Manifest(output.resolve().parent / "manifest.json").entries():
         raise InputError(f"{output} is a product of a run.", "a folder of its own.", "choose another --output.")
+    replacing(output / SUMMARY, force, lambda path: "recommendation" in object_or_empty(path))
     phones = match_files(device or [], [reference, *others])
     task = rows_from.task()
     rows, source = rows_from.rows(task)
@@ -299,7 +355,7 @@ def compare(
     show(result, as_json, text)
 
 
-def _refuse_unwritable(path: Path, first: str) -> None:
+def _refuse_unwritable(path: Path, first: str, force: bool) -> None:
     """Refuse an output file that cannot be written before hours of work go into it.
 
     Args:
@@ -307,9 +363,8 @@ def _refuse_unwritable(path: Path, first: str) -> None:
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder.", "a file to write.", "add a file name, e.g. result.json.")
-    if path.exists() and path.stat().st_size and not _is_result(path, first):
-        raise InputError(f"{path} is there and holds no result of this command.", "a new file.", "choose another name.")
     writable(path.parent)
+    replacing(path, force, lambda path: _is_result(path, first))
 
 
 def _is_result(path: Path, first: str) -> bool:
@@ -318,80 +373,3 @@ def _is_result(path: Path, first: str) -> bool:
     with path.open("rb") as file:
         begun = file.read(len(start)) == start
     return begun and "models" in read_json(path)
-
-
-# Perplexity: the numbers of llama-perplexity on a text, with intervals over its documents.
-
-_ROWS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-"""Suffixes of files with one document a row; any other file is plain text."""
-
-
-def perplexity(
-    model: str,
-    text: Path,
-    reference: str | None = None,
-    n_ctx: int = 512,
-    chunks: int = 0,
-    text_column: str = "",
-    n_gpu_layers: int = 0,
-    n_threads: int = 0,
-    as_json: bool = False,
-) -> None:
-    """Perplexity on a text; with --reference the table of llama-perplexity --kl-divergence, and intervals."""
-    from lib.scoring.measure import measure_text
-
-    content = read_text(text, text_column)
-    result = measure_text(
-        model, content, reference, n_ctx=n_ctx, chunks=chunks, n_threads=n_threads, n_gpu_layers=n_gpu_layers
-    )
-    show({"text": str(text), **result}, as_json, numbers(result))
-
-
-def read_text(path: Path, text_column: str = "", split: str = "") -> Text:
-    """The documents of a file; what of a table is left out is said.
-
-    Args:
-        split: whose rows are taken of a table that says the splits of its rows; empty = all.
-
-    Raises:
-        InputError: no file, not UTF-8, no text in it, no column with a text, or a column of what is no table.
-    """
-    from lib.scoring.measure import Text
-
-    given, path = path, user_path(str(path))
-    if not path.is_file():
-        raise refusal("cli/no-text", place=given.expanduser().absolute())
-    if path.suffix.lower() in _ROWS:
-        text = Text.of_rows(_rows(path, text_column, split))
-    elif text_column:
-        raise InputError(f"--text-column {text_column}, and {path} is no table.", "a table.", "leave it out.")
-    else:
-        text = Text.of_file(utf8(path, path.read_bytes()))
-    if not text.content.strip():
-        raise InputError(f"{path} holds no text.", "a text of at least one window.", "give another file.")
-    return text
-
-
-def _rows(path: Path, text_column: str, split: str) -> list[str]:
-    from lib.stages.data.cleaning import DamagedError, find_column, safe_text
-    from lib.stages.data.reading import read_table
-
-    splits = read_table(str(path)).splits
-    taken = [row for part, rows in splits.items() if part in (split or part, "all") for row in rows]
-    left_out = Counter({f"of {part}": len(rows) for part, rows in splits.items() if part not in (split or part, "all")})
-    name = find_column(list(taken[0]), text_column, "text")
-    with refusing(DamagedError, "cli/no-column-of-text", path=path, name=name):
-        texts = [safe_text(row[name], Counter()) for row in taken]
-    left_out["without a text"] = sum(not text.strip() for text in texts)
-    if reasons := ", ".join(f"{count:,} {why}" for why, count in left_out.items() if count):
-        say(f"{path}: {left_out.total():,} of {sum(map(len, splits.values())):,} rows left out ({reasons})")
-    return texts
-
-
-def numbers(result: dict[str, Any]) -> str:
-    """The numbers as llama-perplexity prints them (shares in percent), with the intervals over documents."""
-    from lib.report.sentences import word_rows
-
-    intervals = any(value is not None for key, value in result.items() if key.endswith("_interval"))
-    rows = word_rows("perplexity.numbers", r=result, intervals=intervals)
-    return "\n".join(row[0] if len(row) == 1 else f"{row[0]:<22} {row[1]}" for row in rows)

@@ -1,22 +1,18 @@
-"""`workbook inspect`, `unpack`, `merge`, `convert`: what a model is, and one form of it made from another."""
+"""`workbook inspect`, `unpack`, `unpickle`, `merge`, `convert`: what a model is, and how one form becomes another."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
-from lib.cli.console import cell, show
+from lib.cli.console import cell, replacing, show
 from lib.errors import InputError
+from lib.language import LABEL, told, translated
 from lib.runs.files import user_path
-
-if TYPE_CHECKING:
-    from lib.models.weights import Weights
-    from lib.stages.convert.tensors import GgufFile
 
 
 def inspect(path: str, as_json: bool = False) -> None:
@@ -50,23 +46,33 @@ def _ask_convert(folder: Path, report: dict[str, Any]) -> None:
 def _ask_merge(folder: Path, report: dict[str, Any]) -> None:
     """Against the base, where that lies on this disk."""
     from lib.models.adapters import read_adapter
+    from lib.models.inspect import base_on_disk
     from lib.models.merge_plan import plan_merge, refuse_unsupported, remarks
+    from lib.models.tokenizer_files import differences
+    from lib.stages.merge.weights import check_rows
 
     adapter = read_adapter(folder)
     adapter.require_finite()
     refuse_unsupported(adapter)
     report["notes"] += remarks(adapter)
-    base = user_path(str(report["base_model"] or ""))
-    if report["base_model"] and base.is_dir():
-        plan_merge(base, folder)
+    if base := base_on_disk(report["base_model"]):
+        plan = plan_merge(base, folder)
+        if "vocabulary" in differences(folder, base):
+            check_rows(folder, plan.base)
     else:
         report["notes"].append("its base model is no folder on this disk: whether it fits was not checked")
 
 
 def _ask_serve(file: Path, report: dict[str, Any]) -> None:
     """Whether llama.cpp opens the file, and whether it can be asked anything."""
+    from lib.models.gguf_file import read_metadata
+    from lib.models.gguf_tokenizer import refuse_bad_vocabulary
+    from lib.models.unpack_source import Keys
     from lib.stages.convert.convert import load_check
 
+    keys = Keys(read_metadata(file), file)
+    refuse_bad_vocabulary(keys.metadata, file)
+    keys.require_numbers()
     try:
         load_check(Path(str(file).encode().decode()))
     except UnicodeEncodeError:
@@ -86,22 +92,27 @@ _STEPS: dict[str, tuple[str, Callable[[Path, dict[str, Any]], None]]] = {
 def as_text(report: Mapping[str, Any]) -> str:
     """A report as lines `key: value`, then notes and problems."""
     values = {key: value for key, value in report.items() if key not in ("notes", "problems")}
-    lines = [f"{key.replace('_', ' ')}: {_value(key, value)}" for key, value in values.items()]
-    lines += [f"note: {note}" for note in report["notes"]]
-    lines += [f"PROBLEM: {problem}" for problem in report["problems"]] or ["no problem found"]
+    lines = [_line(key.replace("_", " "), _value(key, value)) for key, value in values.items()]
+    lines += [_line("note", told(note)) for note in report["notes"]]
+    lines += [_line("PROBLEM", told(problem)) for problem in report["problems"]] or [told("no problem found")]
     return "\n".join(lines)
+
+
+def _line(key: str, value: str) -> str:
+    """A key and its value, the key and the colon in the language of this process."""
+    return f"{translated(key, LABEL)}{translated(': ', LABEL)}{value}"
 
 
 def _value(key: str, value: Any) -> str:
     if key == "bytes":
         return f"{value:,} ({value / 1e6:,.1f} MB)"
     if isinstance(value, bool):
-        return "yes" if value else "no"
+        return translated("yes" if value else "no", LABEL)
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, dict):
         parts = {name: part[:12] if name == "sha256" else _value("", part) for name, part in value.items()}
-        return ", ".join(f"{str(name).replace('_', ' ')} {part}" for name, part in parts.items())
+        return ", ".join(f"{translated(str(name).replace('_', ' '), LABEL)} {part}" for name, part in parts.items())
     return cell(value)
 
 
@@ -117,6 +128,36 @@ def unpack(file: Path, folder: Path, dtype: str = "auto", off_grid: bool = False
     show({"folder": str(folder), **record}, as_json, "\n".join(lines))
 
 
+def unpickle(folder: Path, output: Path, as_json: bool = False) -> None:
+    """Turn pickled weights into safetensors, read as tensors alone in a process without network; other files copied."""
+    from lib.models.unpickle import unpickle as write_folder
+
+    report = {"folder": str(output), **write_folder(user_path(str(folder)), output)}
+    lines = [str(output), _lines(report, "tensors", "bytes", "copied")]
+    lines += [
+        f"left out: {name}, which is {kept} (the configuration ties them)" for name, kept in report["left_out"].items()
+    ]
+    lines += [f"written whole: {name}, which shared its numbers with another" for name in report["copies"]]
+    if not report["confined"]:
+        lines.append("note: this system's kernel could not confine the reader; Python alone did")
+    show(report, as_json, "\n".join(lines))
+
+
+UNQUANTIZED, CONVERTED = (0, 1, 32), (0, 1, 7, 32)
+"""general.file_type of F32, F16 and BF16 files; of those that `workbook convert` makes, Q8_0 among them."""
+
+
+def kind_of_gguf(path: Path) -> Any:
+    """general.file_type of a GGUF file, else its general.type; None of a file that is no GGUF."""
+    from lib.models.gguf_file import read_metadata
+
+    try:
+        metadata = read_metadata(path)
+    except InputError:
+        return None
+    return metadata.get("general.file_type", metadata.get("general.type"))
+
+
 def merge(
     base_model: str,
     adapter: str,
@@ -126,15 +167,11 @@ def merge(
     gguf: Path | None = None,
     outtype: str | None = None,
     tokenizer: str = "adapter",
+    force: bool = False,
     as_json: bool = False,
 ) -> None:
     """Merge a LoRA adapter into its base model; with --gguf convert the result at the same time."""
-    from lib.models import base_model as bases
-    from lib.models.adapters import refuse_adapter, require_adapter
-    from lib.models.tokenizer_files import differences, reader
-    from lib.stages.convert.convert import Conversion
-    from lib.stages.merge.stage import write_lineage
-    from lib.stages.merge.weights import merge_folders
+    from lib.pipeline.merge_pair import find_pair, merge_pair
 
     if tokenizer not in ("adapter", "base"):
         raise InputError(f"--tokenizer {tokenizer!r}.", "adapter or base.", "choose one of them.")
@@ -142,57 +179,36 @@ def merge(
         raise InputError("--outtype without --gguf.", "both, or neither.", "add --gguf OUT.gguf.")
     if gguf is not None and gguf.resolve().is_relative_to(output_dir.resolve()):
         raise InputError(f"{gguf} in {output_dir}, the new folder.", "a file beside it.", "choose another --gguf.")
-    given = Path(adapter) if Path(adapter).is_dir() else bases.resolve_adapter(adapter).path
-    if Path(base_model).is_dir():
-        base = Path(base_model)
-        name, commit, exact = base.name, None, ""
-        if bases.trained_base(given).startswith("sha256:"):
-            exact = bases.fingerprint(base)
-    else:
-        found = bases.resolve_base(base_model, revision, **bases.unpacking_of(given))
-        base, exact = found.path, found.revision
-        name, commit = (found.unpacked["source"], None) if found.unpacked else (base_model, base.name)
-    refuse_adapter(base)
-    require_adapter(given)
+    if revision != "main" and user_path(base_model).exists():
+        raise InputError("--revision for a base model on this disk.", "a hub id.", "leave out --revision.")
+    pair = find_pair(base_model, adapter, revision)
     if gguf is not None and gguf.exists() and Path(base_model).is_file() and gguf.samefile(base_model):
         raise InputError(f"{gguf} is the base model.", "another file.", "choose another name for the output.")
-    bases.refuse_other_folder(given, base)
-    conversions: list[Conversion] = []
-
-    @contextlib.contextmanager
-    def also(folder: Path, weights: Weights) -> Iterator[GgufFile | None]:
-        write_lineage(folder, name, commit, Path(adapter).name)
-        if gguf is not None:
-            conversions.append(Conversion(folder, weights, gguf, outtype or "f16"))
-        with conversions[0].open() if conversions else contextlib.nullcontext() as file:
-            yield file
-
-    report = asdict(merge_folders(base, given, output_dir, dtype, tokenizer, also))
-    plain = [key for key, value in report.items() if not isinstance(value, (dict, list, tuple))]
-    text = f"{output_dir}\n{_lines(report, *plain)}" + "".join(f"\nnote: {words}" for words in report["remarks"])
-    if tokenizer == "adapter" and (own := differences(given, base)):
-        report["tokenizer"] = list(own)
-        text += "\ntaken from the adapter: " + "; ".join(own.values())
-    if trained := bases.other_revision(given, exact):
-        report["trained_on"] = trained
-        text += f"\nTHE ADAPTER WAS TRAINED ON ANOTHER BASE ({trained}), not on {exact}: evaluate before you use it"
-    elif unlike := bases.unchecked_base(given, base_model, base, exact):
-        report["names_base"] = unlike
-        text += f"\nthe adapter names {unlike} as its base; whether {base_model} is the same was not checked"
-    settings = "generation_config.json"
-    if (given / settings).is_file() and reader(given)(settings) != reader(base)(settings):
-        report["left_out"] = [settings]
-        text += f"\nleft out: {settings} of the adapter; the merged model has the base's, also where answers end"
-    for conversion in conversions:
-        report["gguf"] = {**asdict(conversion.report()), "model": str(output_dir)}
-        text += f"\n{gguf}\n{_lines(report['gguf'], 'architecture', 'outtype', 'tensors', 'bytes_after', 'loaded')}"
-    show(report, as_json, text)
+    if gguf is not None:
+        replacing(gguf, force, lambda path: kind_of_gguf(path) in CONVERTED)
+    made = merge_pair(pair, output_dir, dtype, tokenizer, gguf, outtype or "f16")
+    in_notes = ("trained_on", "names_base")
+    plain = [k for k, value in made.report.items() if not isinstance(value, (dict, list, tuple)) and k not in in_notes]
+    text = "\n".join([str(output_dir), _lines(made.report, *plain), *made.notes])
+    if converted := made.report.get("gguf"):
+        text += f"\n{gguf}\n{_lines(converted, 'architecture', 'outtype', 'tensors', 'bytes_after', 'loaded')}"
+    show(made.report, as_json, text)
 
 
 def convert(
-    model_dir: Path, output: Path, outtype: str = "f16", llama_cpp: Path | None = None, as_json: bool = False
+    model_dir: Path,
+    output: Path,
+    outtype: str = "f16",
+    llama_cpp: Path | None = None,
+    force: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Convert a model folder (Qwen2, Qwen3 or Llama family) to one GGUF file."""
+    from lib.models.weights import open_weights
+    from lib.stages.convert.convert import check_output
+
+    check_output(output, open_weights(model_dir), outtype)
+    replacing(output, force, lambda path: kind_of_gguf(path) in CONVERTED)
     if llama_cpp is not None:
         from lib.stages.convert.stage import convert_officially
 
@@ -207,4 +223,4 @@ def convert(
 
 def _lines(report: dict[str, Any], *keys: str) -> str:
     """The named keys of a report, one a line."""
-    return "\n".join(f"{key}: {cell(report[key])}" for key in keys if report.get(key, []) != [])
+    return "\n".join(_line(key, cell(report[key])) for key in keys if report.get(key, []) != [])

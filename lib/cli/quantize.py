@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.cli.console import show, table
+from lib.cli.console import replacing, show, table
+from lib.cli.models import UNQUANTIZED, kind_of_gguf
 from lib.errors import InputError, refusal
+from lib.progress import say
 from lib.runs.files import user_path
+from lib.runs.machine import has_module
 
 if TYPE_CHECKING:
     from lib.stages.quantize.files import Options
@@ -55,7 +59,7 @@ class BudgetOptions:
             raise refusal(
                 "cli/budget-in-part", given=" and ".join(set(given) - set(lacking)), lacking=" and ".join(lacking)
             )
-        from lib.cli.evaluate import read_text
+        from lib.cli.perplexity import read_text
         from lib.models.gguf_file import check_gguf
         from lib.stages.quantize.size_budget import Budget, budget_bytes
 
@@ -83,6 +87,7 @@ def quantize(
     token_embedding_type: str = "",
     n_threads: int = 0,
     dry_run: bool = False,
+    force: bool = False,
     as_json: bool = False,
 ) -> None:
     """Quantize a GGUF file with llama.cpp: to types, or under a size budget with types chosen by measurement."""
@@ -99,7 +104,7 @@ def quantize(
         rows = _predict(source, wanted, options, budget, n_threads)
         show({"files": rows}, as_json, _as_text(rows))
         return
-    rows = _make(source, output, wanted, options, budget, n_threads)
+    rows = _make(source, output, wanted, options, budget, n_threads, force)
     single = len(rows) == 1 and not output.is_dir()
     show(rows[0] if single else {"files": rows}, as_json, _as_text(rows))
 
@@ -111,13 +116,15 @@ def imatrix(
     text_column: str = "",
     n_ctx: int = 512,
     chunks: int = 64,
+    force: bool = False,
     as_json: bool = False,
 ) -> None:
     """Measure which inputs of every layer are large on a text: what llama-imatrix measures, for --imatrix."""
-    from lib.cli.evaluate import read_text
+    from lib.cli.perplexity import read_text
     from lib.stages.quantize.calibration import measure_imatrix
 
     content = read_text(text, text_column, "train")
+    replacing(output, force, lambda path: kind_of_gguf(path) == "imatrix")
     made = measure_imatrix(model_dir, output, content, user_path(str(text)), n_ctx, chunks)
     rows = "" if made["rows"] is None else f" of {made['rows']:,} rows"
     words = f"{output}: {made['entries']} layers, {made['tokens']:,} tokens{rows}; {made['dataset']}"
@@ -127,10 +134,12 @@ def imatrix(
 def _predict(
     source: Path, types: list[str], options: Options, budget: Budget | None, n_threads: int
 ) -> list[dict[str, Any]]:
-    """What the files would be; nothing is written."""
+    """What the files would be; nothing is written. Without llama.cpp sizes of plain types are told roughly."""
     from lib.stages.quantize.files import predict_sizes
     from lib.stages.quantize.size_budget import mix_for_budget
 
+    if budget is None and options == type(options)() and not has_module("llama_cpp"):
+        return _about(source, types)
     rows = predict_sizes(source, types, options) if types else []
     if budget is None:
         return rows
@@ -138,12 +147,37 @@ def _predict(
         return [*rows, mix_for_budget(source, budget, options.imatrix, Path(scratch), n_threads).prediction]
 
 
+def _about(source: Path, types: list[str]) -> list[dict[str, Any]]:
+    """Sizes within a tenth, from the header alone: where llama.cpp, which knows them exactly, is not installed."""
+    from lib.models.gguf_file import read_tensors
+    from lib.stages.export.sizes import about_gguf
+    from lib.stages.quantize.files import file_type
+
+    for name in types:
+        file_type(name)
+    tensors = read_tensors(source)
+    shapes, weights = {tensor.name: tensor.shape for tensor in tensors}, sum(tensor.size for tensor in tensors)
+    say("sizes are rough: llama.cpp, which tells them exactly, is not installed (extra gguf)")
+    sizes = {name: about_gguf(shapes, name) for name in types}
+    return [
+        {
+            "type": n,
+            "bytes": size,
+            "bits_per_weight": 8 * size / weights,
+            "fallbacks": [],
+            "set_by_hand": [],
+            "about": True,
+        }
+        for n, size in sizes.items()
+    ]
+
+
 def _make(
-    source: Path, output: Path, types: list[str], options: Options, budget: Budget | None, n_threads: int
+    source: Path, output: Path, types: list[str], options: Options, budget: Budget | None, n_threads: int, force: bool
 ) -> list[dict[str, Any]]:
     """Write the files; their reports."""
     from lib.settings import mix_name
-    from lib.stages.quantize.files import make_files, plan_files
+    from lib.stages.quantize.files import make_files, output_path, plan_files
     from lib.stages.quantize.size_budget import mix_for_budget
 
     count = len(types) + (budget is not None)
@@ -153,10 +187,19 @@ def _make(
         raise refusal("cli/one-file-for-several", output=output, count=count)
     beside = [mix_name(budget.bytes)] if budget else []
     planned = plan_files(source, output, types, options, beside)
+    for name in (*types, *beside):
+        own = partial(_is_quantized, plain=name.upper() in ("F32", "F16", "BF16"))
+        replacing(output_path(source, output, name), force, own)
     if budget:
         scratch = output.parent if output.suffix == ".gguf" and not output.is_dir() else output
         planned.append(mix_for_budget(source, budget, options.imatrix, scratch, n_threads))
     return [asdict(report) for report in make_files(source, output, planned, n_threads)]
+
+
+def _is_quantized(path: Path, plain: bool) -> bool:
+    """Whether a file may be one that this command made; `plain`: a type that is none was asked for."""
+    kind = kind_of_gguf(path)
+    return isinstance(kind, int) and (plain or kind not in UNQUANTIZED)
 
 
 def _as_text(rows: list[dict[str, Any]]) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from lib.cli.console import show, table, tell
+from lib.cli.console import in_brackets, replacing, show, table, tell
 from lib.errors import InputError, refusal
+from lib.language import HELP, told, translated
 from lib.runs.files import read_json, reports_folder, writable
 
 if TYPE_CHECKING:
@@ -32,10 +33,12 @@ def params(complete: Path | None = None, as_json: bool = False) -> None:
         for name, field in settings.Settings.model_fields.items()
     ]
     if complete:
-        text = f"# {complete.name} with every key; `workbook report` takes it as it is.\n{settings.as_yaml(values)}"
+        head = told(f"{complete.name} with every key; `workbook report` takes it as it is.")
+        text = f"# {head}\n{settings.as_yaml(values)}"
     else:
         lines = (
-            f"{key['key']}: {json.dumps(key['default'], ensure_ascii=False)}\n    {key['meaning']} ({key['type']})"
+            f"{key['key']}: {json.dumps(key['default'], ensure_ascii=False)}\n"
+            f"    {translated(key['meaning'], HELP)}{in_brackets(told(key['type']))}"
             for key in keys
         )
         text = "\n".join(lines)
@@ -61,24 +64,32 @@ def report(
     fast: bool = False,
     timeout: float = 86400.0,
     rerun: bool = False,
+    pdf: bool = False,
     as_json: bool = False,
 ) -> None:
     """Run the seven notebooks with a parameter file and publish reports/<run>/index.html."""
     from lib import settings
 
     overrides = parsed(parameters or [])
-    options = {"start_from": start_from, "end_at": end_at, "timeout": timeout, "rerun": rerun}
+    options = {"start_from": start_from, "end_at": end_at, "timeout": timeout, "rerun": rerun, "pdf": pdf}
     if fast:
         overrides = fast_overrides(settings.load(params_file, overrides), overrides)
     if seeds == 1:
         made = _run(params_file, overrides, **options)
-        show(made, as_json, made["index"])
+        show(made, as_json, closing_words(made))
         return
     siblings = seed_overrides(settings.load(params_file, overrides), seeds)
     results = [_run(params_file, overrides | own, **options) for own in siblings]
     choice = analyse([own["run_name"] for own in siblings])
-    text = "\n".join([*(made["index"] for made in results), choice["text"]])
+    text = "\n".join([*map(closing_words, results), choice["text"]])
     show({"runs": results, "choice": choice}, as_json, text)
+
+
+def closing_words(made: Mapping[str, Any]) -> str:
+    """What a report ends with: the answer, and where its pages are."""
+    lines = [made["answer"], f"{translated('Open in a browser')}{translated(': ')}{made['index']}"]
+    lines += [f"{translated('To hand in')}{translated(': ')}{made['pdf']}"] if made["pdf"] else []
+    return "\n".join(filter(None, lines))
 
 
 def parsed(pairs: Sequence[str]) -> dict[str, Any]:
@@ -107,18 +118,28 @@ def seed_overrides(settings: Settings, seeds: int) -> list[dict[str, Any]]:
     """run_name and train_seed of sibling runs: RUN-s42, RUN-s43, … The split's seed stays the same in all.
 
     Raises:
-        InputError: an adapter that is adopted, for which no seed is used.
+        InputError: an adapter that is adopted, or no training at all: for neither a seed is used.
     """
-    if settings.adapter:
-        raise refusal("cli/seeds-of-adopted", seeds=seeds, settings=settings)
+    from lib.settings import UNTRAINED
+
+    if settings.adapter or settings.finetuning_type == UNTRAINED:
+        key = "adapter" if settings.adapter else "finetuning_type"
+        raise refusal("cli/seeds-of-adopted", seeds=seeds, key=key, value=getattr(settings, key))
     first = settings.training_seed
     return [{"run_name": f"{settings.run_name}-s{seed}", "train_seed": seed} for seed in range(first, first + seeds)]
 
 
-def _run(params_file: Path, overrides: dict[str, Any], **options: Any) -> dict[str, Any]:
+def _run(params_file: Path, overrides: dict[str, Any], pdf: bool = False, **options: Any) -> dict[str, Any]:
     """Run the notebooks once; what failed is told, and becomes the exit code."""
+    from lib import settings
+    from lib.report.index import summarise
+    from lib.report.pdf import browser, write_pdf
     from lib.report.runner import ReportError, run_report
+    from lib.runs.run import open_run
+    from lib.statistics.losses import advice_words
 
+    if pdf:
+        browser()  # refused before the work, not behind it
     try:
         made = run_report(params_file, overrides, **options)
     except ReportError as error:
@@ -127,13 +148,20 @@ def _run(params_file: Path, overrides: dict[str, Any], **options: Any) -> dict[s
             tell(line)
         raise typer.Exit(error.exit_code) from None
     pages = [str(page) for page in made.pages]
-    return {"run": made.run, "index": str(made.index), "pages": pages, "seconds": round(made.seconds, 1)}
+    summary = summarise(open_run(made.run))
+    book = write_pdf(made.folder, made.pages, summary, settings.load(params_file, overrides)) if pdf else None
+    found = {"run": made.run, "index": str(made.index), "pages": pages, "seconds": round(made.seconds, 1)}
+    answer = advice_words(summary.recommendation) if summary.recommendation else ""
+    return found | {"answer": answer, "pdf": book and str(book)}
 
 
-def select(runs: list[str], output: Path | None = None, as_json: bool = False) -> None:
+def select(runs: list[str], output: Path | None = None, force: bool = False, as_json: bool = False) -> None:
     """Compare runs on the test rows they share; take the best, and where rows cannot tell, the smaller or faster."""
     from lib.report.index import recipe_table, run_table
+    from lib.select.choice import FILE, read_analysis
 
+    if output is not None:
+        replacing(output / FILE, force, lambda path: read_analysis(path.parent) is not None)
     found = analyse(runs, output)
     tables = [table(made.records(), made.headings) for made in (run_table(found), recipe_table(found))]
     show(found, as_json, "\n\n".join([*tables, found["text"], found["rule"], found["file"]]))
@@ -157,9 +185,14 @@ def pick(run: str, max_mb: float | None = None, max_loss: float = 1.0, as_json: 
     from lib.report.display import rows_of
     from lib.runs.run import known_run
     from lib.stages.compare.recommend import pick_file
+    from lib.statistics.losses import advice_words
 
     comparison = known_run(run).require_current("comparison").path / "comparison.json"
     answer = pick_file(read_json(comparison), max_mb, max_loss)
     rows = rows_of("select.candidates", answer["candidates"])
     head = f"loss in {answer['limits']['unit']}, at most {max_loss:g}\n"
-    show(answer, as_json, f"{head}{table(rows, list(rows[0]))}\n\n{answer['text']}\nRule: {answer['rule']}")
+    show(
+        answer,
+        as_json,
+        f"{head}{table(rows, list(rows[0]))}\n\n{advice_words(answer)}\n{answer['details']}\nRule: {answer['rule']}",
+    )

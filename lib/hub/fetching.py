@@ -6,10 +6,11 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from filelock import FileLock
@@ -31,6 +32,8 @@ from lib.runs.files import (
 
 if TYPE_CHECKING:
     import httpx
+
+Asked = TypeVar("Asked")
 
 HUB = "https://huggingface.co"
 """Where a repository is looked for when HF_ENDPOINT is not set, or its mirror does not have it."""
@@ -57,14 +60,34 @@ def fetch(source: str, revision: str, kind: Kind) -> Snapshot:
         return found
     if remote.place == "hub" and (unlisted := repository.unlisted()):
         try:
-            return _download(HubRepository(replace(remote, revision=unlisted.revision)))
+            exact = HubRepository(replace(remote, revision=unlisted.revision))
+            return _asked(exact, exact.download)
         except SourceError as error:
             say(f"{remote.words}: taken from the cache; whether it is whole was not checked ({error.why}).")
             return unlisted
-    return _download(repository)
+    return _asked(repository, repository.download)
 
 
-def _download(repository: HubRepository | ModelScopeRepository) -> Snapshot:
+def fetch_text(source: str, revision: str, kind: Kind, path: str) -> str:
+    """One small text file of a repository, from the cache or kept nowhere: its configuration, to tell sizes before a
+    download.
+
+    Raises:
+        SourceError, InputError: as `fetch`.
+    """
+    remote = parse(source, revision, kind)
+    repository = HubRepository(remote) if remote.place == "hub" else ModelScopeRepository(remote)
+    if (kept := repository.kept(path)).is_file():
+        return kept.read_text(encoding="utf-8")
+    return _asked(repository, lambda address: repository.text(address, path))
+
+
+def _asked(repository: HubRepository | ModelScopeRepository, ask: Callable[[str], Asked]) -> Asked:
+    """What the first address gives that can be asked.
+
+    Raises:
+        SourceError: none of them; says what the first one answered.
+    """
     from huggingface_hub.errors import HfHubHTTPError
 
     remote = repository.remote
@@ -74,7 +97,7 @@ def _download(repository: HubRepository | ModelScopeRepository) -> Snapshot:
     for address in repository.addresses():
         host = transport.host_of(address)
         try:
-            return repository.download(address)
+            return ask(address)
         except SourceError as error:
             failures.append(error)
         except UnreachableError as error:
@@ -168,6 +191,10 @@ class HubRepository:
             commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
         return place / "snapshots" / commit, commit
 
+    def kept(self, path: str) -> Path:
+        """Where the cache holds a file, if it does."""
+        return self._place()[0] / path
+
     def unlisted(self) -> Snapshot | None:
         """The snapshot of a program that keeps no listing, if it has weights and configuration, or data."""
         snapshot, commit = self._place()
@@ -193,14 +220,12 @@ class HubRepository:
             UnreachableError, MissingError, HfHubHTTPError, MismatchError: see there. SourceError: nothing usable.
             InputError: no room on the disk.
         """
-        from huggingface_hub import get_token
         from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
         from huggingface_hub.file_download import _create_symlink
         from huggingface_hub.utils import build_hf_headers
 
         remote, place = self.remote, self.folder
-        # a mirror's token is not shown to the hub
-        token = (transport.token_of("HF_TOKEN", get_token()) or False) if address == self.addresses()[0] else False
+        token = self._token(address)
         lock = place.parent / ".locks" / place.name / "workbook.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(lock), transport.open_client(build_hf_headers(token=token)) as client:
@@ -222,6 +247,20 @@ class HubRepository:
             if commit != remote.revision:
                 write_text(place / "refs" / remote.revision, commit)
         return Snapshot(snapshot, commit)
+
+    def _token(self, address: str) -> str | bool:
+        """The token for an address: that of a mirror is not shown to the hub."""
+        from huggingface_hub import get_token
+
+        first = address == self.addresses()[0]
+        return (transport.token_of("HF_TOKEN", get_token()) or False) if first else False
+
+    def text(self, address: str, path: str) -> str:
+        """A text file from one address; raises as `download`."""
+        from huggingface_hub.utils import build_hf_headers
+
+        with transport.open_client(build_hf_headers(token=self._token(address))) as client:
+            return _text(client, f"{address}/{self.remote.id}/resolve/{quote(self.remote.revision)}/{quote(path)}")
 
     def _list(self, address: str, token: str | bool) -> tuple[str, list[RemoteFile]]:
         """The commit of the revision and all its files."""
@@ -279,6 +318,10 @@ class ModelScopeRepository:
             return None
         return Snapshot(place / "files", listing["revision"])
 
+    def kept(self, path: str) -> Path:
+        """Where the cache holds a file, if it does."""
+        return self.folder / "files" / path
+
     def download(self, address: str) -> Snapshot:
         """Download the files from ModelScope; their folder, and a hash over them.
 
@@ -286,13 +329,10 @@ class ModelScopeRepository:
             UnreachableError, MissingError, HfHubHTTPError, MismatchError: see there. SourceError: nothing usable.
             InputError: no room on the disk.
         """
-        remote, place = self.remote, self.folder
+        remote, place, base = self.remote, self.folder, self._base(address)
         place.mkdir(parents=True, exist_ok=True)
-        token = transport.token_of("MODELSCOPE_API_TOKEN", os.environ.get("MODELSCOPE_API_TOKEN"))
-        headers = {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"} if token else {}
-        base = f"{address}/api/v1/{remote.repository_type}s/{remote.id}/repo"
         revision = quote(remote.revision, safe="")
-        with FileLock(place.with_name(f".{place.name}.lock")), transport.open_client(headers) as client:
+        with FileLock(place.with_name(f".{place.name}.lock")), self._client() as client:
             paths = {file: place / "files" / file.path for file in choose(remote, _listed(client, base, remote))}
             transport.fetch_files(
                 client,
@@ -309,6 +349,32 @@ class ModelScopeRepository:
             listing = {"id": remote.id, "revision": f"sha256:{digest[:16]}", "files": files}
             write_json(place / "listing.json", listing)
         return Snapshot(place / "files", listing["revision"])
+
+    def _base(self, address: str) -> str:
+        return f"{address}/api/v1/{self.remote.repository_type}s/{self.remote.id}/repo"
+
+    @staticmethod
+    def _client() -> httpx.Client:
+        token = transport.token_of("MODELSCOPE_API_TOKEN", os.environ.get("MODELSCOPE_API_TOKEN"))
+        headers = {"Authorization": f"Bearer {token}", "Cookie": f"m_session_id={token}"} if token else {}
+        return transport.open_client(headers)
+
+    def text(self, address: str, path: str) -> str:
+        """A text file from ModelScope; raises as `download`."""
+        where = f"Revision={quote(self.remote.revision, safe='')}&FilePath={quote(path, safe='')}"
+        with self._client() as client:
+            return _text(client, f"{self._base(address)}?{where}")
+
+
+def _text(client: httpx.Client, url: str) -> str:
+    from huggingface_hub.utils import hf_raise_for_status
+
+    def ask() -> str:
+        response = client.get(url)
+        hf_raise_for_status(response)
+        return response.text
+
+    return transport.patiently(ask)
 
 
 def _listed(client: httpx.Client, base: str, remote: Remote) -> list[RemoteFile]:

@@ -184,7 +184,8 @@ def choose(remote: Remote, files: Sequence[RemoteFile]) -> list[RemoteFile]:
         pickles = [file.path for file in files if file.path.endswith(_PICKLES)]
         gguf = [file.path for file in files if file.path.endswith(".gguf")]
         only = f"only pickled weights ({pickles[0]})" if pickles else f"only GGUF ({gguf[0]})" if gguf else "no weights"
-        raise refusal("hub/no-weights", SourceError, remote=remote, only=only)
+        also = ", or download this one, run workbook unpickle FOLDER OUT and give OUT" if pickles else ""
+        raise refusal("hub/no-weights", SourceError, remote=remote, only=only, unpickle=also)
     return chosen
 
 

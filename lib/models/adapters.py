@@ -82,6 +82,18 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def base_named(folder: Path, given: str | None = None) -> str:
+    """The base of an adapter: the one that the user names, else that of adapter_config.json.
+
+    Raises:
+        InputError: neither names one; or as `read_adapter_configuration`.
+    """
+    base = given or read_adapter_configuration(folder).get("base_model_name_or_path")
+    if not base:
+        raise refusal("models/no-base-named", folder=folder)
+    return str(base)
+
+
 def refuse_adapter(folder: Path) -> None:
     """Refuse a LoRA adapter where a full model is needed.
 

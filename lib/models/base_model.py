@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from lib.models.tokenizer_files import FILES, TEMPLATES, chat_templates, reader
 from lib.models.unpack import RECORD, asked_in, identity, is_identity, notes_of, unpacked, without_dtype
 from lib.models.weights import Weights, open_weights
 from lib.prompts.tasks import read_task, texts_of
-from lib.runs.files import read_json, read_jsonl, remembered_sha256, sha256_json, user_path
+from lib.prompts.templates import describe_template
+from lib.runs.files import data_file, read_json, read_jsonl, remembered_sha256, sha256_json, user_path
 from lib.runs.run import Run
 from lib.settings import OFFLINE_BASE, Settings
 
@@ -70,19 +72,47 @@ def resolve_base(
     if local.is_file() and local.suffix.lower() == ".gguf":
         folder, record = unpacked(local, gguf_dtype, gguf_off_grid)
         return Base(folder, base_model, identity(record), False, record)
-    if local.is_file() or hub_sources.looks_like_path(base_model) or base_model.lower().endswith(".gguf"):
-        named = base_model.lower().endswith(".gguf")
-        kind = "a file" if local.is_file() else "no file" if named else "no folder"
-        do = how_to_get(local) if named else "correct the path"
-        raise refusal("models/no-base-model", SourceError, base_model=base_model, kind=kind, local=local, do=do)
+    if _is_no_id(base_model, local):
+        raise _no_base(base_model, local)
     found = fetching.fetch(base_model, revision, "model")
     check_model_folder(found.path)
     return Base(found.path, hub_sources.parse(base_model, revision, "model").name, found.revision, False)
 
 
-def how_to_get(path: Path) -> str:
-    """What to do about a .gguf file that is not there."""
-    return "download it: make smollm2" if path.parent.name == "smollm2" else "correct the path"
+SHIPPED: dict[str, dict[str, Any]] = data_file("models/known.yaml")
+"""config.json of the models that the profiles name, as far as sizes are told from it, by id."""
+
+
+def configuration_of(base_model: str, revision: str = "main") -> tuple[dict[str, Any], str]:
+    """config.json of a model, and where it is from: "folder", "shipped" with the workbook, or "hub": that file alone,
+    from its cache or the network.
+
+    Raises:
+        InputError: as `resolve_base`; a configuration that cannot be used.
+    """
+    local = user_path(base_model)
+    if local.is_dir():
+        return read_configuration(local), "folder"
+    if base_model in SHIPPED:
+        return SHIPPED[base_model], "shipped"
+    if _is_no_id(base_model, local):
+        raise _no_base(base_model, local)
+    text = fetching.fetch_text(base_model, revision, "model", "config.json")
+    with tempfile.TemporaryDirectory(prefix="workbook-config-") as name:
+        (Path(name) / "config.json").write_text(text, encoding="utf-8")
+        return read_configuration(Path(name)), "hub"
+
+
+def _is_no_id(base_model: str, local: Path) -> bool:
+    """Whether a base model that is no folder can be no repository of a hub either."""
+    return local.is_file() or hub_sources.looks_like_path(base_model) or base_model.lower().endswith(".gguf")
+
+
+def _no_base(base_model: str, local: Path) -> InputError:
+    named = base_model.lower().endswith(".gguf")
+    kind = "a file" if local.is_file() else "no file" if named else "no folder"
+    do = "download it: make smollm2" if named and local.parent.name == "smollm2" else "correct the path"
+    return refusal("models/no-base-model", SourceError, base_model=base_model, kind=kind, local=local, do=do)
 
 
 def refuse_without_template(base_model: str) -> None:
@@ -99,21 +129,30 @@ def refuse_without_template(base_model: str) -> None:
     refuse_bad_template(path)
 
 
-def refuse_bad_template(path: Path) -> None:
+def refuse_bad_template(path: Path, system_turn: bool = True) -> None:
     """Refuse a GGUF file or folder whose chat template cannot be rendered: tried in a child process, within limits.
+
+    Args:
+        system_turn: whether prompts will have one, as those of runs always do.
 
     Raises:
         InputError: the template fails, takes too long or too much memory; or a file is damaged.
     """
-    from lib.prompts.templates import describe_template
+    template = template_of(path)
+    found = describe_template(template) if template else {"problem": None, "no_system_turn": None}
+    if problem := found["problem"]:
+        raise InputError(f"{path}: {problem}.", "a template that renders a user turn.", "take another file.")
+    if system_turn and (problem := found["no_system_turn"]):
+        raise refusal("models/no-system-turn", path=path, problem=problem)
 
+
+def template_of(path: Path) -> str:
+    """The chat template of a GGUF file or folder; "" where it has none."""
     if path.is_dir():
         template: Any = chat_templates(path, reader(path)("tokenizer_config.json")).get("default")
     else:
         template = read_metadata(path).get("tokenizer.chat_template")
-    problem = describe_template(template)["problem"] if isinstance(template, str) and template else None
-    if problem:
-        raise InputError(f"{path}: {problem}.", "a template that renders a user turn.", "take another file.")
+    return template if isinstance(template, str) else ""
 
 
 def check_base_folder(path: Path) -> None:
@@ -247,17 +286,17 @@ def base_of(run: Run) -> Base:
     """The base model that notebook 01 chose for this run (the offline one is made now if it is not there yet)."""
     data = run.require("data")
     facts = data.entry.facts
-    if facts.get("offline_base") or facts["base_model"] == OFFLINE_BASE:
+    if facts["base_model"] == OFFLINE_BASE:
         from lib.models.offline_base import ensure_base
 
         texts = [text for row in read_jsonl(data.path / "train.jsonl") for text in texts_of(row)]
         folder = ensure_base(texts, read_task(data.path), data.path / "tokenizer")
         return Base(folder, OFFLINE_BASE, folder.name, True)
-    recorded = str(facts.get("base_revision", "main"))
+    recorded = facts["base_revision"]
     commit = "main" if recorded.startswith("sha256:") else recorded  # that one is a local folder's, or a GGUF file's
     base = resolve_base(facts["base_model"], commit, **asked_in(recorded))
-    if facts.get("base_revision") not in (None, base.revision):
-        raise refusal("models/base-changed", base=base, before=facts["base_revision"])
+    if recorded != base.revision:
+        raise refusal("models/base-changed", base=base, before=recorded)
     return base
 
 

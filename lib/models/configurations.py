@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from lib.errors import InputError, refusal
-from lib.models.gguf_file import ARCHITECTURES, TABLES, names_of
+from lib.models.gguf_file import ARCHITECTURES, TABLES, head_size, names_of
 from lib.models.weights import Shaped, Weights, open_weights, read_object
 
 MOST = 2**31 - 1
@@ -35,6 +35,13 @@ def _exact(value: Any) -> Any:
     """Numbers as they are: true is no number, and 2.0 is no whole one."""
     if isinstance(value, bool):
         raise ValueError("should be a number")
+    return value
+
+
+def _broken(value: Any) -> Any:
+    """transformers takes no whole number where it wants a float."""
+    if not isinstance(value, float):
+        raise ValueError("should be a number with a point")
     return value
 
 
@@ -73,11 +80,14 @@ Rope = _schema(
 )
 """Keys of rope_scaling and rope_parameters."""
 
+_DTYPES = ("bfloat16", "float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2")
 Configuration = _schema(
     "Configuration",
     {
-        str: "model_type dtype torch_dtype",
-        list[str]: "architectures layer_types",
+        str: "model_type",
+        Literal["auto", *_DTYPES]: "dtype torch_dtype",
+        list[str]: "architectures",
+        Annotated[list[str], Field(min_length=1)]: "layer_types",
         Size: "hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim vocab_size "
         "max_position_embeddings",
         Layers: "num_hidden_layers",
@@ -86,12 +96,19 @@ Configuration = _schema(
         Id | list[Id]: "bos_token_id eos_token_id",
         Id: "pad_token_id",
         Literal[ACTIVATIONS]: "hidden_act",
-        Annotated[int, BeforeValidator(_exact), Field(ge=0, le=MOST)]: "sliding_window",
-        bool: "tie_word_embeddings",
+        Annotated[int, BeforeValidator(_exact), Field(ge=0, le=MOST)]: "sliding_window max_window_layers "
+        "num_nextn_predict_layers num_labels",
+        bool: "tie_word_embeddings use_cache use_sliding_window",
+        Annotated[float, BeforeValidator(_broken)]: "initializer_range",
+        Annotated[float, BeforeValidator(_exact), Field(ge=0, le=1)]: "attention_dropout",
+        dict[Annotated[str, Field(pattern="^[0-9]+$")], str]: "id2label",
+        Literal[True]: "return_dict",
+        Literal[False]: "output_attentions output_hidden_states",
         dict[str, Any]: "quantization_config",
         Literal["model.safetensors", "model.safetensors.index.json"]: "transformers_weights",  # what others read, too
         Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3"]: "attn_implementation",  # a/b: a hub's code
     },
+    own=(Literal["eager", "sdpa"] | None, Field(None, alias="_attn_implementation")),  # which no argument overrides
 )
 """Keys of config.json."""
 
@@ -107,6 +124,7 @@ AdapterConfiguration = _schema(
         int | list[int]: "layers_to_transform",
         Literal["none", "all", "lora_only"]: "bias",
         bool: "fan_in_fan_out use_rslora use_dora lora_bias",
+        Annotated[float, BeforeValidator(_exact), Field(ge=0, le=1)]: "lora_dropout",
         bool | str: "init_lora_weights",
     },
     r=(Size, ...),
@@ -160,6 +178,12 @@ def read_adapter_configuration(folder: Path) -> dict[str, Any]:
     return check_adapter_configuration(path, config)
 
 
+def as_peft_reads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter's configuration without what merging takes for nothing and peft stumbles over."""
+    kept = {key: value for key, value in config.items() if value is not None and value != []}
+    return {key: value for key, value in kept.items() if key != "layers_pattern" or "layers_to_transform" in kept}
+
+
 def check_configuration(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """config.json as it is, when every key that is computed with has a value of its kind.
 
@@ -170,9 +194,31 @@ def check_configuration(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     heads, shared = found.num_attention_heads, found.num_key_value_heads
     if heads and found.hidden_size and not found.head_dim and found.hidden_size % heads:
         raise _odd(path, "num_attention_heads", heads, f"a divisor of hidden_size ({found.hidden_size})")
+    pad, rows = found.pad_token_id, found.vocab_size
+    if pad and rows and pad >= rows:
+        raise _odd(path, "pad_token_id", pad, f"a token of the vocabulary (vocab_size {rows}), or null")
+    if "sliding_attention" in (found.layer_types or ()) and not found.sliding_window:
+        raise _odd(path, "sliding_window", found.sliding_window, "tokens that layers of sliding_attention see")
     if heads and shared and heads % shared:
         raise _odd(path, "num_key_value_heads", shared, f"a divisor of num_attention_heads ({heads})")
+    _refuse_nothing(path, config)
     return config
+
+
+def _refuse_nothing(path: Path, config: dict[str, Any]) -> None:
+    """Refuse null, or nothing inside, where transformers takes an absent key alone for its default.
+
+    Raises:
+        InputError: names the key.
+    """
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if (rope if "rope_theta" in rope else config).get("rope_theta", 0) is None:
+        raise _odd(path, "rope_theta", None, "a number, or no such key")
+    if config.get("model_type") == "qwen2" and config.get("head_dim", 0) is None:
+        raise _odd(path, "head_dim", None, "a whole number, or no such key")
+    packed = config.get("quantization_config")
+    if packed is not None and not any(packed.get(key) for key in ("quant_method", "load_in_4bit", "load_in_8bit")):
+        raise _odd(path, "quantization_config", packed, "a quant_method inside, or no such key (of plain weights)")
 
 
 def check_adapter_configuration(path: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -239,6 +285,22 @@ def attention_rows(config: Mapping[str, Any]) -> dict[str, int]:
     return {"num_attention_heads × head_dim": heads * head, "num_key_value_heads × head_dim": shared * head}
 
 
+def shapes_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The weights of a model of the Llama, Qwen2 or Qwen3 family that only its configuration is known of.
+
+    Raises:
+        KeyError: a configuration of another family, or without a size.
+    """
+    head = head_size(config)
+    sizes = {**config, **attention_rows({**config, "head_dim": head}), "head": head}
+    shapes = {}
+    for name in names_of(config).values():
+        module, _, kind = (match[2] if (match := LAYER.fullmatch(name)) else name).rpartition(".")
+        keys = TABLES["shapes"].get(module, ["hidden_size"])  # a norm
+        shapes[name] = tuple(sizes[key] for key in (keys[:1] if kind == "bias" else keys))
+    return shapes
+
+
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 BUFFERS = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 """Ends of names that older versions saved, and that no program reads."""
@@ -262,6 +324,8 @@ def check_sizes(weights: Weights, config: Mapping[str, Any]) -> None:
         wanted = {*names_of({**config, "num_hidden_layers": layers or len(seen)}).values()}
         have = {name for name in weights.tensors if not name.endswith(BUFFERS)} - ({"lm_head.weight"} - wanted)
         if lacks := sorted(wanted - have):
+            if wanted - {"lm_head.weight"} <= {f"model.{name}" for name in have}:
+                raise refusal("models/saved-without-head", folder=weights.folder, name=min(have))
             raise refusal("models/lacks-tensors", weights=weights, count=len(lacks), kind=kind, lacks=lacks)
         if odd := sorted(have - wanted):
             raise refusal("models/has-other-tensors", weights=weights, count=len(odd), kind=kind, odd=odd)

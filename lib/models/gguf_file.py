@@ -78,7 +78,7 @@ def _instead(head: bytes) -> tuple[str, str]:
     if head.lstrip()[:1] == b"<":
         return "is an HTML or XML page, not a model", "download the file again: the server sent a page"
     if head[:2] == b"PK":
-        return "is a ZIP archive or a PyTorch pickle", again
+        return "is a ZIP archive or a PyTorch pickle", "of a model make a folder first: workbook unpickle FOLDER OUT"
     if other := impostor(head):
         return f"is {other[0]}, not the file itself", other[1]
     if head[8:9] == b"{":

@@ -148,26 +148,9 @@ def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
         InputError: no byte-level BPE whose rules are known, no tokens or merges, a token twice, or an end token that is
             put behind every text.
     """
-    rules = _rules(metadata, source)
-    tokens, merges = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
-    for name, value in (("tokens", tokens), ("merges", merges)):
-        if not value or not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-            raise unusable(source, f"no {name}", f"a file with its {name}")
-    types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    if not isinstance(types, list) or not all(type(kind) is int for kind in types):
-        raise unusable(source, "token types that are no list", "a number for each token")
-    if len(types) != len(tokens):
-        raise unusable(source, f"{len(tokens)} tokens, {len(types)} token types", "a type for each")
+    rules, (tokens, merges, types, vocabulary) = _rules(metadata, source), read_vocabulary(metadata, source)
     switches = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    used = [i for i, kind in enumerate(types) if kind != _UNUSED]
-    vocabulary = {tokens[i]: i for i in used}
-    if len(vocabulary) != len(used):
-        token, count = Counter(tokens[i] for i in used).most_common(1)[0]
-        raise unusable(source, f"the token {token!r} {count} times", "each token once")
-    for merge in merges:  # the tokenizers library would say the same without the file's name
-        left, space, right = merge.partition(" ")
-        if not space or not {left, right, left + right} <= vocabulary.keys():
-            raise unusable(source, f"the merge {merge!r} of parts that are no tokens", "merges of its own tokens")
+    used = sorted(vocabulary.values())
     return {
         "version": "1.0",
         "truncation": None,
@@ -190,6 +173,46 @@ def tokenizer_json(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
             "merges": [merge.split(" ", 1) for merge in merges],
         },
     }
+
+
+def refuse_bad_vocabulary(metadata: Mapping[str, Any], source: Path) -> None:
+    """Refuse byte-level BPE that would cut a text otherwise than the model was trained; llama.cpp says nothing.
+
+    Raises:
+        InputError: as `read_vocabulary`.
+    """
+    if metadata.get("tokenizer.ggml.model") == "gpt2":
+        read_vocabulary(metadata, source)
+
+
+def read_vocabulary(
+    metadata: Mapping[str, Any], source: Path
+) -> tuple[list[str], list[str], list[int], dict[str, int]]:
+    """Tokens, merges, types of the tokens, and the ids of those that are used, of byte-level BPE.
+
+    Raises:
+        InputError: no tokens or merges, a token twice, or merges of parts that are no tokens, which llama.cpp passes
+            over and the tokenizers library refuses.
+    """
+    tokens, merges = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
+    for name, value in (("tokens", tokens), ("merges", merges)):
+        if not value or not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            raise unusable(source, f"no {name}", f"a file with its {name}")
+    types = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if not isinstance(types, list) or not all(type(kind) is int for kind in types):
+        raise unusable(source, "token types that are no list", "a number for each token")
+    if len(types) != len(tokens):
+        raise unusable(source, f"{len(tokens)} tokens, {len(types)} token types", "a type for each")
+    used = [i for i, kind in enumerate(types) if kind != _UNUSED]
+    vocabulary = {tokens[i]: i for i in used}
+    if len(vocabulary) != len(used):
+        token, count = Counter(tokens[i] for i in used).most_common(1)[0]
+        raise unusable(source, f"the token {token!r} {count} times", "each token once")
+    for merge in merges:  # the tokenizers library would say the same without the file's name
+        left, _, right = merge.partition(" ")
+        if not (left and right) or not {left, right, left + right} <= vocabulary.keys():
+            raise unusable(source, f"the merge {merge!r} of parts that are no tokens", "merges of its own tokens")
+    return tokens, merges, types, vocabulary
 
 
 def _rules(metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:

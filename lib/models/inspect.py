@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +14,10 @@ from lib.models import tokenizer_files
 from lib.models.adapters import folder_kind, has_lora, read_adapter, shape_of
 from lib.models.configurations import check_configuration, check_sizes, refuse_other_task
 from lib.models.gguf_file import NUMBERS, TABLES, TensorInfo, computes_in_float32, data_end, read_gguf
+from lib.models.unpack_source import ids_beyond, read_source
 from lib.models.weights import Weights, impostor, open_weights, read_object
 from lib.prompts.templates import describe_template
+from lib.runs.files import user_path
 
 _SHOWN_TOKENS = 30
 
@@ -51,6 +54,10 @@ class _Findings:
         described = describe_template(text)
         if problem := described.pop("problem"):
             self.problems.append(problem)
+        problem = described.pop("no_system_turn")
+        described["takes_system_turn"] = None if described["own_system_turn"] is None else problem is None
+        if problem:
+            self.notes.append(TABLES["no_system_turn"].format(problem=problem))
         return described
 
 
@@ -97,7 +104,7 @@ def _look_at_files(found: _Findings) -> None:
         if page or words == "a Git LFS pointer":
             found.problems.append(f"{path.name} is {words}, not the file itself: {do}")
         elif path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-            found.notes.append(f"{path.name} is a pickle, which can run any code: the workbook never reads it")
+            found.notes.append(f"{path.name} is a pickle, which can run any code: only workbook unpickle reads it")
         elif path.suffix in (".incomplete", ".part"):
             found.notes.append(f"{path.name} is an unfinished download")
         elif path.suffix == ".py":
@@ -159,10 +166,16 @@ def _describe_adapter(found: _Findings) -> None:
 _TOKENIZER = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja")
 
 
+def base_on_disk(name: Any) -> Path | None:
+    """The folder that an adapter names as its base; None where this disk has none of that name."""
+    with contextlib.suppress(InputError):  # no path at all
+        return path if name and (path := user_path(str(name))).is_dir() else None
+    return None
+
+
 def _compare_with_base(found: _Findings) -> None:
     """Whether an adapter's own tokenizer and template are the base's, where that lies on this disk."""
-    base = Path(str(found.facts["base_model"] or ""))
-    if found.facts["base_model"] and base.is_dir():
+    if base := base_on_disk(found.facts["base_model"]):
         for words in found.attempt(lambda: tokenizer_files.differences(found.path, base), {}).values():
             found.notes.append(f"{words}: `workbook merge` takes the adapter's (--tokenizer)")
     else:
@@ -288,29 +301,28 @@ def _check_gguf(found: _Findings, metadata: Mapping[str, Any], tensors: Sequence
     embedding = next((tensor.shape for tensor in tensors if tensor.name == "token_embd.weight"), ())
     if vocabulary and embedding and embedding[0] < vocabulary:
         found.problems.append(f"{vocabulary:,} tokens, but {embedding[0]:,} embeddings")
-    from lib.models.unpack_source import ids_beyond
-
     found.notes += ids_beyond(metadata) if vocabulary else []
     if odd := [t.name for t in tensors if t.type != 0 and computes_in_float32(t.name, t.shape)]:
         found.problems.append(f"llama.cpp computes with float32 in {odd[0]}, and ends at other numbers")
-    found.notes.append(_as_base(found.path))
+    found.notes.append(_as_base(found.path, found.facts["template"]))
     if budget := metadata.get("quantize.mix.budget_bytes"):
-        chosen = f"types chosen by measurement under a budget of {budget} bytes"
+        chosen = f"types chosen by measurement under a budget of {str(budget)[:18]} bytes"
         found.notes.append(f"{chosen}: the file type is only the recipe of the commonest one")
     parts = _integer(metadata.get("split.count"))
     if parts and parts > 1:
         found.notes.append(f"one of {parts} parts of a split file")
 
 
-def _as_base(path: Path) -> str:
+def _as_base(path: Path, template: Mapping[str, Any] | None) -> str:
     """Whether the file can be a base model, by the same check as before unpacking."""
-    from lib.models.unpack_source import read_source
-
     try:
         source = read_source(path)
     except InputError as error:
         return f"no base model (base_model, workbook unpack): {error.found.rstrip('.')}"
-    if not source.metadata.get("tokenizer.chat_template"):
+    if template is None:
         return "no base_model, workbook unpack only: no chat template"
+    if template["takes_system_turn"] is not True:
+        why = "writes no system turn" if template["takes_system_turn"] is False else "cannot be used"
+        return f"no base_model, workbook unpack only: its chat template {why}"
     kind = source.main_type
     return f"can be a base model (base_model, workbook unpack): its {kind} weights are turned back into numbers"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import InputError, refusal, refusing
 from lib.models.adapters import copy_weights, read_adapter, require_adapter
 from lib.models.base_model import check_model_folder
-from lib.models.configurations import read_configuration
+from lib.models.configurations import as_peft_reads, read_adapter_configuration, read_configuration
 from lib.models.weights import infinite, open_weights
 from lib.runs import machine
+from lib.runs.files import write_json
 from lib.runs.machine import available_memory, no_warnings, quiet
 
 if TYPE_CHECKING:
@@ -73,12 +72,11 @@ def load_as_saved(folder: Path) -> PreTrainedModel:
     if needed and not machine.has_module(needed):
         package = needed.replace("_", "-")
         raise refusal("models/quantizer-absent", folder=folder, method=method, needed=needed, package=package)
-    # bitsandbytes logs a line at every 8-bit product: it computes the activations' INT8 from float16
-    logger = logging.getLogger("bitsandbytes.autograd._functions")
-    if not logger.filters:
-        logger.addFilter(lambda record: not str(record.msg).startswith("MatMul8bitLt: inputs will be cast"))
-    model = _from_pretrained(folder)
-    return model.requires_grad_(False).eval()
+    return _from_pretrained(folder).requires_grad_(False).eval()
+
+
+_ODD = (ValueError, TypeError, LookupError, AttributeError)
+"""What transformers and peft raise where a configuration asks for what they cannot build or compute."""
 
 
 def _from_pretrained(folder: Path, **options: Any) -> Any:
@@ -87,8 +85,7 @@ def _from_pretrained(folder: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     options |= {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
-    odd = (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
-    with no_warnings(), refusing(odd, "models/folder-does-not-load", folder=folder):
+    with no_warnings(), refusing((*_ODD, StrictDataclassError), "models/folder-does-not-load", folder=folder):
         model, report = AutoModelForCausalLM.from_pretrained(str(folder), ignore_mismatched_sizes=True, **options)
     for kind in ("missing", "unexpected", "mismatched"):
         if wrong := sorted(map(str, report[f"{kind}_keys"])):
@@ -147,10 +144,18 @@ def load_model(
     else:
         model = model.to(device)
     _refuse_infinite(model, path)
-    model.requires_grad_(False)
-    if adapter is not None:
-        model = _with_adapter(model, adapter, path)
-    return model.eval()
+    model.requires_grad_(False).eval()
+    with refusing(_ODD, "models/folder-does-not-load", folder=path):
+        _answer(model)
+    return model if adapter is None else _with_adapter(model, adapter, path)
+
+
+def _answer(model: Any) -> None:
+    """Two tokens through the model: what can be built and not computed fails here, not amid the work."""
+    import torch
+
+    with no_warnings(), torch.no_grad():
+        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device))
 
 
 def _keep_trainable(model: Any) -> None:
@@ -201,10 +206,9 @@ def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
     require_adapter(adapter)
     found = read_adapter(adapter)
     found.require_finite()
-    odd = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError)
-    refused = refusing(odd, "models/adapter-does-not-load", adapter=adapter)
+    refused = refusing((RuntimeError, ImportError, *_ODD), "models/adapter-does-not-load", adapter=adapter)
     with no_warnings(), tempfile.TemporaryDirectory() as folder, refused:
-        shutil.copyfile(adapter / "adapter_config.json", Path(folder, "adapter_config.json"))
+        write_json(Path(folder, "adapter_config.json"), as_peft_reads(read_adapter_configuration(adapter)))
         copy_weights(found, Path(folder, "adapter_model.safetensors"))
         model = PeftModel.from_pretrained(model, folder, is_trainable=False, use_safetensors=True)
     # peft reads the vocabulary's size from the base that the adapter names: a hub id it would ask the hub for, and a
@@ -213,4 +217,6 @@ def _with_adapter(model: Any, adapter: Path, base: Path) -> Any:
     places = set(get_peft_model_state_dict(model))
     if extra := sorted(places ^ set(found.tensors)):
         raise refusal("models/adapter-and-configuration", adapter=adapter, count=len(extra), odd=extra)
+    with refusing(_ODD, "models/adapter-does-not-load", adapter=adapter):
+        _answer(model.eval())
     return model

@@ -57,31 +57,33 @@ class MergePlan:
     Attributes:
         base: its weights; with an output matrix of its own where the adapter unties the model.
         config: config.json of the merged model.
+        adapter: None where the base is taken as it is.
         updates: by name of the base's tensor.
     """
 
     base: Weights
     config: dict[str, Any]
-    adapter: Adapter
+    adapter: Adapter | None
     updates: dict[str, Update]
 
 
-def plan_merge(base: Path, folder: Path) -> MergePlan:
-    """What merging the adapter in `folder` changes in the model folder `base`.
+def plan_merge(base: Path, folder: Path | None) -> MergePlan:
+    """What merging the adapter in `folder` changes in the model folder `base`; without one, nothing.
 
     Raises:
         InputError: anything that `RULES` forbids and that headers can show; or a quantized base.
     """
-    adapter = read_adapter(folder)
-    refuse_unsupported(adapter)
+    adapter = read_adapter(folder) if folder else None
+    if adapter:
+        refuse_unsupported(adapter)
     config = read_configuration(base, "the folder of the whole base model")
     if config.get("quantization_config"):
         raise refusal("models/quantized-base", path=base)
     weights = check_language_model(base, config)
     tied = bool(config.get("tie_word_embeddings"))
-    if tied and _unties(adapter):
+    if adapter and tied and _unties(adapter):
         weights, config, tied = _with_own_head(weights), config | {"tie_word_embeddings": False}, False
-    updates = _plan_updates(adapter, weights, tied)
+    updates = _plan_updates(adapter, weights, tied) if adapter else {}
     for tensor in weights.tensors.values():
         tensor.require_floats()
     return MergePlan(weights, config, adapter, updates)
@@ -235,6 +237,8 @@ def _replacements(adapter: Adapter, base: Weights) -> dict[str, Update]:
             continue  # the copy of embed_tokens, which is merged
         if target in base.tensors and trained:
             updates[target] = Update("replace", tensors={"value": tensor})
+        elif ".token_adapter." in name:
+            raise refusal("models/tokens-of-copied-head", adapter=adapter, module=name.partition(".token_adapter.")[0])
         elif not _is_copy(tensor, base.tensors.get(target)):
             raise refusal("models/unexplained-tensor", adapter=adapter, name=name)
     return updates

@@ -16,10 +16,11 @@ from lib.models.gguf_tokenizer import PLAIN_BYTES, RULES
 from lib.progress import Progress
 from lib.prompts.conversations import render_conversation
 from lib.prompts.tasks import Task
-from lib.prompts.templates import ASSISTANT, SYSTEM, USER
+from lib.prompts.templates import ASSISTANT, ROLES, SYSTEM, USER
 from lib.runs import manifest
-from lib.runs.files import render, require_space, sha256_file, sha256_json, write_text
+from lib.runs.files import require_space, sha256_file, sha256_json, write_text
 from lib.runs.machine import compute_dtype
+from lib.runs.render import render
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,6 @@ LONGEST = 4096
 """Characters of a text that are trained on. A run of letters without end (a damaged row) is one piece for the trainer,
 whose time grows with the square of its length: 80,000 took over a minute."""
 
-ROLES = ("system", "user", "assistant")
 
 SMALL_FILES = Path(__file__).parent / "templates" / "offline_tokenizer"
 """tokenizer_config.json and chat_template.jinja, as `save_pretrained` of Qwen2's tokenizer writes them."""

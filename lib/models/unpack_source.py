@@ -14,7 +14,7 @@ import numpy as np
 
 from lib.errors import refusal, refusing
 from lib.models import gguf_file
-from lib.models.configurations import LAYER, attention_rows, check_configuration
+from lib.models.configurations import check_configuration, shapes_of
 from lib.models.gguf_file import OWN_FOLDER, PackedTensor, TensorInfo, head_size, rotary_heads, unusable
 from lib.models.gguf_tokenizer import refuse_unwritable
 
@@ -64,6 +64,16 @@ class Keys:
             bounded = (least, most) != (0.0, math.inf)
             raise self._wrong(key, value, f"a number from {least:g} to {most:g}" if bounded else "a positive number")
         return number
+
+    def require_numbers(self) -> None:
+        """Refuse values that are no numbers to compute with: llama.cpp goes on, and nothing that it answers is one.
+
+        Raises:
+            InputError: names the key.
+        """
+        for key in ("rope.freq_base", "rope.scaling.factor", "attention.layer_norm_rms_epsilon"):
+            if self.get(key, 1.0) != 0 or key != "rope.scaling.factor":
+                self.real(key, 1.0)
 
     def _wrong(self, key: str, value: Any, expected: str) -> Exception:
         found = "no key" if value is None else f"{value!r} as"
@@ -312,7 +322,8 @@ def read_source(path: Path | str) -> Source:
     if tokens > rows:
         raise unusable(path, f"{tokens} tokens, {rows} rows of embedding", "a row for every token")
     check_configuration(path, config)
-    packed = [_packed(path, tensors[ours], theirs, config) for ours, theirs in names.items()]
+    shapes = shapes_of(config)
+    packed = [_packed(path, tensors[ours], theirs, shapes[theirs], config) for ours, theirs in names.items()]
     packed.sort(key=lambda tensor: tensor.name)
     counts = Counter[str]()
     for tensor in packed:
@@ -331,18 +342,10 @@ def _names(keys: Keys, tensors: dict[str, TensorInfo]) -> tuple[dict[str, str], 
     return gguf_file.names_of({**config, "tie_word_embeddings": "output.weight" not in tensors}), biases
 
 
-def _shape_of(name: str, config: dict[str, Any]) -> tuple[int, ...]:
-    """The shape that a tensor must have, rows first; by its name in transformers."""
-    module, _, kind = LAYER.sub(r"\2", name).rpartition(".")
-    sizes = {**config, "head": head_size(config), **attention_rows(config)}
-    shape = tuple(sizes[key] for key in gguf_file.TABLES["shapes"].get(module, ["hidden_size"]))
-    return shape[:1] if kind == "bias" else shape
-
-
-def _packed(path: Path, tensor: TensorInfo, name: str, config: dict[str, Any]) -> PackedTensor:
+def _packed(path: Path, tensor: TensorInfo, name: str, shape: tuple[int, ...], config: dict[str, Any]) -> PackedTensor:
+    """A tensor of the file under its name in transformers, if it has the shape that the configuration says."""
     import gguf
 
-    shape = _shape_of(name, config)
     if tensor.shape != shape:
         raise refusal("models/gguf-shape", path=path, tensor=tensor, shape=shape)
     kind = _known_type(tensor, path)

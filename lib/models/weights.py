@@ -98,7 +98,7 @@ def impostor(head: bytes) -> tuple[str, str] | None:
     if head.lstrip()[:1] == b"<":
         return "a web page", "download the file itself again"
     if head[:2] in (b"PK", b"\x80\x02", b"\x80\x04") and head[8:9] != b"{":  # a header of 640 bytes begins so, too
-        return "a pickle", "save the weights as safetensors"
+        return "a pickle", "name it pytorch_model.bin and run workbook unpickle FOLDER OUT"
     return None
 
 
@@ -316,7 +316,10 @@ def weight_map(folder: Path) -> dict[str, str] | None:
             raise refusal("models/shards-without-index", folder=folder, count=len(shards), total=total, shown=shown)
         return None
     with refusing((KeyError, AttributeError), "models/damaged-index", index=index):
-        found = {str(name): str(file) for name, file in read_object(index)["weight_map"].items()}
+        content = read_object(index)
+        found = {str(name): str(file) for name, file in content["weight_map"].items()}
+    if not isinstance(content.get("metadata"), dict):
+        raise refusal("models/index-without-metadata", index=index)
     bad = sorted(name for name in found.values() if Path(name).name != name)
     if bad or not found:
         raise refusal("models/odd-index", index=index, names=bad or "no files")
@@ -335,7 +338,7 @@ def _no_weights(folder: Path) -> InputError:
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     kind = f"only pickled weights ({', '.join(pickles)})" if pickles else "no weights"
-    do = "use a model saved as safetensors" + (" (pickles are unsafe)." if pickles else ".")
+    do = f"run workbook unpickle {folder} OUT, and give OUT." if pickles else "use a model saved as safetensors."
     if others:
         kind = f"no weights that transformers looks for, but {', '.join(others[:4])}" + (", …" if others[4:] else "")
         do = next(words for start, words in _ELSEWHERE.items() if others[0].startswith(start))

@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ from lib.prompts.templates import (
     always_reasons,
     apply,
     end_of_turn_id,
+    in_tags_of,
     split_thinking,
     up_to_last_question,
     with_thinking,
@@ -282,6 +284,14 @@ def language_of(rows: Sequence[Row]) -> str | None:
     """ "zh" where at least half of the rows hold a Chinese character; None = not told from the rows."""
     chinese = sum(bool(_CHINESE.search("".join(texts_of(row)))) for row in rows)
     return "zh" if rows and 2 * chinese >= len(rows) else None
+
+
+def in_model_tags(tokenizer: PreTrainedTokenizerBase, rows: Iterable[Row]) -> list[Row]:
+    """Rows whose reasoning stands in a model's own tags; texts with labels as they are."""
+    return [
+        {**row, "messages": in_tags_of(tokenizer, row["messages"], Counter())} if "messages" in row else row
+        for row in rows
+    ]
 
 
 def spread(rows: Sequence[Any], count: int) -> list[Any]:

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError, one_line, refusal
-from lib.runs.child import run_child
+from lib.runs.child import limit_computing, run_child
 from lib.runs.files import data_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, str]
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 
 
 # The reasoning block of a generated answer: how far it got, and what stands behind it.
@@ -112,10 +117,26 @@ def with_thinking(tokenizer: PreTrainedTokenizerBase, reasoning: str, answer: st
     return f"{opening}\n{reasoning}\n{closing}\n\n{answer}" if reasoning else answer
 
 
-# How a chat template writes turns of certain roles: found with marks in place of the texts, known for no model.
+RENAMED = "changed: tags that a turn asks for, named as the base model writes them"
 
-Message = dict[str, str]
-SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+
+def in_tags_of(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], changed: Counter[str]) -> list[Message]:
+    """The turns with thinking in the form of the base model's own tags; answers that this changes are counted."""
+    tags, made = think_tags(tokenizer), []
+    thinking = "changed: thinking brought into the base model's form (tags, white space)"
+    changed[thinking] += 0  # the first of the two in the table
+    for message in messages:
+        if message["role"] == ASSISTANT:
+            content, what = with_thinking(tokenizer, *split_thinking(message["content"])), thinking
+        else:  # a system turn that asks for <thinking> where answers have <think>
+            content = TAG.sub(lambda found: tags["/" in found[0]], message["content"])
+            what = RENAMED
+        changed[what] += content != message["content"]
+        made.append({**message, "content": content})
+    return made
+
+
+# How a chat template writes turns of certain roles: found with marks in place of the texts, known for no model.
 
 _MARK = re.compile("\ue000(\\d+)([ra])\ue001")
 _EMPTY_BLOCK = re.compile(r"<think(ing)?>\s*</think(ing)?>\s*")
@@ -299,45 +320,59 @@ def read_turns(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> Turns:
 
 # A chat template tried out: in a process of its own, with little memory and time, because it is foreign code.
 
-SECONDS, BYTES = 20.0, 1 << 30
-"""What the trial may take: wall time, address space."""
-_USER = "QUESTION-7391"
+SECONDS, BYTES, PATIENCE = 20, 1 << 30, 300.0
+"""What the trial may take: computing time besides its imports, address space; wall time, where others compute, too."""
+_QUESTION = [{"role": USER, "content": "QUESTION-7391"}]
+_TURNS = [{"role": role, "content": f"{role}-7391"} for role in (SYSTEM, USER, ASSISTANT, USER)]
 
 
 def describe_template(template: str) -> dict[str, Any]:
-    """Hash and length of a template; whether it adds a system turn of its own; why it cannot be used, if so.
+    """Hash and length of a template, what it does about system turns, and why it cannot be used, if so.
 
     Returns:
-        {"sha256", "characters", "own_system_turn": True, False or None (it cannot be used), "problem": None or words}.
+        {"sha256", "characters", "own_system_turn": whether it adds one (None: it cannot be used), "no_system_turn": why
+        it can only be used without one, or None, "problem": why it cannot be used at all, or None}.
     """
     text, what = template.encode("utf-8", "surrogatepass"), "trying the chat template"
     found: dict[str, Any] = {"sha256": hashlib.sha256(text).hexdigest(), "characters": len(template)}
-    found |= {"own_system_turn": None, "problem": None}
+    found |= {"own_system_turn": None, "no_system_turn": None, "problem": None}
+    argument = {"template": template, "seconds": SECONDS}
     try:
-        tried = run_child("lib.prompts.templates:try_out", {"template": template}, what, SECONDS, heard=lambda _: None)
+        tried = run_child("lib.prompts.templates:try_out", argument, what, PATIENCE, heard=lambda _: None)
     except InputError as error:
         tried = {"problem": f"the chat template cannot be rendered: {error.found}"}
-    return found | tried
+    return found | {key: value for key, value in tried.items() if key in found}
 
 
 def try_out(argument: dict[str, Any]) -> dict[str, Any]:
-    """Render one user turn as transformers does; runs in the child process."""
-    import resource
+    """Render a question and a conversation as transformers does; runs in the child process."""
+    import transformers.utils.chat_template_utils  # noqa: F401 (the limits are for the template)
 
+    if os.name != "nt":  # there the parent's clock alone ends it
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+        limit_computing(argument["seconds"])
+    template = argument["template"]
+    text, problem = _render(template, _QUESTION)
+    if problem:
+        return {"problem": problem}
+    found = {"own_system_turn": "system" in text.partition(_QUESTION[0]["content"])[0]}
+    _, problem = _render(template, _TURNS)
+    if problem and _render(template, _TURNS[1:])[1] is None:
+        return {**found, "no_system_turn": problem}
+    return {"problem": problem} if problem else found
+
+
+def _render(template: str, turns: Sequence[Message]) -> tuple[str, str | None]:
+    """The turns as a template writes them, and what is wrong with that, if anything."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (int(SECONDS), int(SECONDS)))
-    turns = [{"role": role, "content": f"{role}-7391"} for role in (SYSTEM, USER, ASSISTANT, USER)]
-    asked = [[{"role": USER, "content": _USER}], turns]
     options = {"add_generation_prompt": True, "bos_token": "", "eos_token": ""}
     try:
-        (text, whole), _ = render_jinja_template(asked, chat_template=argument["template"], **options)
-    except (TemplateError, MemoryError, RecursionError, OverflowError, TypeError, ValueError) as error:
-        return {"problem": f"the chat template cannot be rendered: {one_line(error, 120) or type(error).__name__}"}
-    if _USER not in text:
-        return {"problem": "the chat template leaves the user's words out"}
-    if lost := [turn["role"] for turn in turns if turn["content"] not in whole]:
-        return {"problem": f"the chat template leaves the turn of the {lost[0]} out"}
-    return {"own_system_turn": "system" in text.partition(_USER)[0]}
+        (text,), _ = render_jinja_template([list(turns)], chat_template=template, **options)
+    except (TemplateError, MemoryError, RecursionError, SystemError, OverflowError, TypeError, ValueError) as error:
+        return "", f"the chat template cannot be rendered: {one_line(error, 120) or type(error).__name__}"
+    lost = [turn["role"] for turn in turns if turn["content"] not in text]
+    return text, f"the chat template leaves the turn of the {lost[0]} out" if lost else None

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.report.display import figure, rows_of, side_by_side, tell
-from lib.report.sentences import TEMPLATES, sentence
-from lib.runs.files import data_file
-from lib.scoring.metric import metric_in
+from lib.report.display import figure, rows_of, tell
+from lib.report.looks import BLUE, GREEN, GREY, ORANGE, axis_label, panels, readable, replaced, word
+from lib.report.sentences import sentence
 from lib.statistics import noninferiority
 
 if TYPE_CHECKING:
@@ -20,68 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# One look for every figure: colour-blind-safe colours that never carry meaning alone, and a font with Chinese.
-
-CJK_FONTS = tuple(data_file("report/fonts.yaml"))
-
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b6b6b"
-"""Okabe and Ito's palette, the parts that stay apart for every common kind of colour blindness and in print."""
-
-
-@functools.cache
-def cjk_font() -> str | None:
-    """The first installed font that has Chinese glyphs; None when there is none."""
-    from matplotlib import font_manager
-
-    listed = {font.fname for font in font_manager.fontManager.ttflist}
-    for path in sorted(set(font_manager.findSystemFonts()) - listed):  # installed after matplotlib wrote its list
-        with contextlib.suppress(RuntimeError, OSError):  # a file that FreeType cannot read
-            font_manager.fontManager.addfont(path)
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    return next((name for name in CJK_FONTS if name in installed), None)
-
-
-LONGEST_NAME = 24
-"""Characters of a label's name in a figure."""
-
-
-def readable(names: Sequence[str]) -> list[str]:
-    """Names as a figure can show them, or 'label 0', 'label 1', … where no Chinese font is installed.
-
-    A long name is cut, a line end is a space, and a dollar sign is escaped: two of them would be mathematics.
-    """
-    if not cjk_font() and not all(name.isascii() for name in names):
-        return [f"label {index}" for index in range(len(names))]
-    lines = [" ".join(name.split()) for name in names]
-    return [(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…").replace("$", r"\$") for name in lines]
-
-
-def replaced(names: Sequence[str]) -> list[tuple[str, str]]:
-    """(what a figure shows, name) where names had to be replaced; none where they stand as they are."""
-    shown = [name.replace(r"\$", "$") for name in readable(names)]
-    return [] if shown == list(names) else list(zip(shown, names, strict=True))
-
-
-def use_style() -> None:
-    """Set the look of every following figure."""
-    from matplotlib import rcParams, style
-
-    style.use(TEMPLATES / "workbook.mplstyle")
-    # concrete names: only then is a missing glyph looked for in the next font
-    rcParams["font.family"] = [name for name in ("DejaVu Sans", cjk_font()) if name]
-
-
 # The figures of notebooks 01 to 03: each takes plain numbers and returns a captioned <figure>.
 
 HATCHES = ("", "//", "..", "xx")
-
-
-def panels(width: float = 7.0, height: float = 3.6, columns: int = 1) -> tuple[Any, Any]:
-    """An empty figure in the common style, and its axes: one panel, or several beside one another."""
-    import matplotlib.pyplot as plt
-
-    use_style()
-    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
 
 
 def label_balance(counts: Mapping[str, Sequence[int]], label_names: Sequence[str]) -> HTML:
@@ -94,7 +32,7 @@ def label_balance(counts: Mapping[str, Sequence[int]], label_names: Sequence[str
         colour = (BLUE, ORANGE, GREEN)[index % 3]
         bars = ax.bar(places + index * width, values, width, label=name, color=colour, hatch=HATCHES[index % 4])
         ax.bar_label(bars, fmt="{:,.0f}", fontsize=8)
-    ax.set_xticks(places + width * (len(names) - 1) / 2, list(counts))
+    ax.set_xticks(places + width * (len(names) - 1) / 2, [*map(word, counts)])
     ax.set_ylabel("rows")
     ax.legend(title="label")
     caption = sentence("charts.balance", counts=counts, names=replaced(label_names))
@@ -108,7 +46,9 @@ def length_histogram(lengths: Mapping[str, Sequence[int]], limit: int) -> HTML:
     bins = np.linspace(0, min(longest, 2 * limit), 60)
     for split, values in lengths.items():
         shown = np.minimum(values, bins[-1])
-        ax.hist(shown, bins=bins, histtype="step", density=True, label=f"{split} (n = {len(values):,})", linewidth=1.5)
+        ax.hist(
+            shown, bins=bins, histtype="step", density=True, label=f"{word(split)} (n = {len(values):,})", linewidth=1.5
+        )
     ax.axvline(limit, color=GREY, linestyle=":", label=f"max_seq_length = {limit}")
     ax.set_xlabel("tokens a row, prompt and answer" + (" (longer rows in the last bin)" if longest > bins[-1] else ""))
     ax.set_ylabel("density")
@@ -118,17 +58,26 @@ def length_histogram(lengths: Mapping[str, Sequence[int]], limit: int) -> HTML:
     return figure(fig, caption, sentence("charts.lengths_alt", limit=limit, shares=over))
 
 
-def learning_curves(history: Sequence[Mapping[str, Any]], chosen_step: int) -> HTML:
-    """Training and validation loss with the chosen checkpoint, and the learning rate, over updates."""
-    fig, (left, right) = panels(9.0, 3.3, columns=2)
+def learning_curves(history: Sequence[Mapping[str, Any]], chosen_step: int, guessing: float | None = None) -> HTML:
+    """Training and validation loss with the chosen checkpoint, and the learning rate, over updates.
+
+    Args:
+        guessing: the loss of whoever gives every label the same probability; None without labels.
+    """
+    fig, (upper, lower) = panels(height=4.4, rows=2, heights=(2, 1))
     train, valid, rates = (series(history, key) for key in ("loss", "eval_loss", "learning_rate"))
     best = dict(valid)[chosen_step]
-    plot_losses(left, train, valid, (chosen_step, best))
-    right.plot(*zip(*rates, strict=True))
-    right.set(xlabel="update (optimizer step)", ylabel="learning rate", ylim=(0, None))
+    plot_losses(upper, train, valid, (chosen_step, best))
+    upper.set(xlabel="")  # below the lower one
+    upper.sharex(lower)
+    if guessing is not None:
+        upper.axhline(guessing, color=GREY, linestyle=":", label="guessing")
+        upper.legend()
+    lower.plot(*zip(*rates, strict=True))
+    lower.set(xlabel="update (optimizer step)", ylabel="learning rate", ylim=(0, None))
     losses = {"train": [loss for _, loss in train], "valid": [loss for _, loss in valid]}
     alt = sentence("charts.learning_alt", **losses, best=best, chosen=chosen_step)
-    return figure(fig, sentence("charts.learning", steps=train[-1][0], best=best), alt)
+    return figure(fig, sentence("charts.learning", steps=train[-1][0], best=best, guessing=guessing), alt)
 
 
 def series(history: Iterable[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
@@ -161,7 +110,7 @@ def estimates(
         at: position of a vertical line; `margin` shades all that is less (a loss that is good enough).
         values: what both sentences take.
     """
-    points, axis = rows_of(name, entries, **values), sentence(f"{name}_axis", **values)
+    points, axis = rows_of(name, entries, **values), axis_label(f"{name}_axis", **values)
     fig, ax = panels(height=0.9 + 0.38 * len(points))
     places = np.arange(len(points))[::-1]
     if at is not None:
@@ -170,7 +119,7 @@ def estimates(
         bounded = point["low"] is not None and point["high"] is not None
         error = [[point["estimate"] - point["low"]], [point["high"] - point["estimate"]]] if bounded else None
         ax.errorbar(point["estimate"], place, xerr=error, fmt="o", color=BLUE, capsize=3, linestyle="none")
-    ax.set_yticks(places, [f"{point['name']}  (n = {point['n']:,})" for point in points])
+    ax.set_yticks(places, [f"{word(point['name'])}  (n = {point['n']:,})" for point in points])
     ax.set_ylim(-0.6, len(points) - 0.4)
     if margin is not None:
         left, right = ax.get_xlim()
@@ -178,6 +127,32 @@ def estimates(
         ax.set_xlim(left, max(right, 1.1 * margin))
     ax.set_xlabel(axis)
     return figure(fig, sentence(name, **values), sentence("charts.estimates_alt", axis=axis, points=points))
+
+
+_SERIES = (("o", BLUE), ("s", ORANGE), ("^", GREEN))
+
+
+def grouped_estimates(name: str, entries: Iterable[Any], /, at: float, **values: Any) -> HTML:
+    """Estimates with intervals below one another by group, the models apart by shape and colour; see `estimates`.
+
+    The table of ``tables.yaml`` gives "group", "name", "estimate", "low", "high" and "n".
+    """
+    points, axis = rows_of(name, entries, **values), axis_label(f"{name}_axis", **values)
+    groups, names = ([*dict.fromkeys(point[key] for point in points)] for key in ("group", "name"))
+    fig, ax = panels(height=0.9 + 0.24 * len(points))
+    ax.axvline(at, color=GREY, linestyle="--", linewidth=1)
+    for number, name_shown in enumerate(names):
+        shape, colour = _SERIES[number % len(_SERIES)]
+        own = [point for point in points if point["name"] == name_shown]
+        places = [-groups.index(point["group"]) + 0.22 * (1 - number) for point in own]
+        error = [[p["estimate"] - p["low"] for p in own], [p["high"] - p["estimate"] for p in own]]
+        style = {"fmt": shape, "color": colour, "capsize": 3, "linestyle": "none", "label": word(name_shown)}
+        ax.errorbar([p["estimate"] for p in own], places, xerr=error, **style)
+    counts = {point["group"]: point["n"] for point in points}
+    ax.set_yticks([-i for i in range(len(groups))], [f"{word(group)}\n(n = {counts[group]:,})" for group in groups])
+    ax.legend(loc="best", fontsize=8)
+    ax.set_xlabel(axis)
+    return figure(fig, sentence(name, **values), sentence("charts.grouped_alt", axis=axis, points=points))
 
 
 def confusion(matrices: Mapping[str, Sequence[Sequence[int]]], label_names: Sequence[str]) -> HTML:
@@ -224,7 +199,7 @@ def overlay_histogram(values: Mapping[str, Sequence[float]], axis: str, caption:
     low, high = np.percentile(every, [0.5, 99.5])
     bins = np.linspace(low, high if high > low else low + 1, 50)
     for name, sample in values.items():
-        shown, label = np.clip(sample, bins[0], bins[-1]), f"{name} (n = {len(sample):,})"
+        shown, label = np.clip(sample, bins[0], bins[-1]), f"{word(name)} (n = {len(sample):,})"
         ax.hist(shown, bins=bins, histtype="step", linewidth=1.5, label=label)
     ax.axvline(0, color=GREY, linestyle=":", linewidth=1)
     ax.set(xlabel=axis, ylabel="rows")
@@ -257,7 +232,7 @@ def tensor_types(files: Mapping[str, Mapping[str, float]]) -> HTML:
 
 
 def _style(entry: Mapping[str, Any], frontier: Sequence[str]) -> dict[str, Any]:
-    """Shape and colour of a file in `size_quality`."""
+    """Shape and colour of a file in `size_divergence`."""
     shape, colour = ("o", BLUE) if entry["type"] in frontier else ("s", ORANGE)
     if entry["kld_mean"] == 0:
         shape, colour = "D", GREY
@@ -266,31 +241,79 @@ def _style(entry: Mapping[str, Any], frontier: Sequence[str]) -> dict[str, Any]:
     return {"fmt": shape, "color": colour, "capsize": 3, "linestyle": "none"}
 
 
-_PANEL = (5.2, 3.7)
-"""Inches: readable alone on a phone; on a wider screen two stand beside one another."""
-_MB, _BITS = "file size, MB (10⁶ bytes)", "bits per weight (tensors alone)"
+_MB = "file size, MB (10⁶ bytes)"
 
 
-def size_quality(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
-    """What size buys: KL divergence against file size and against bits per weight, the task's metric, speed and memory.
+_VERDICTS = {
+    noninferiority.GOOD_ENOUGH: ("o", GREEN),
+    noninferiority.NOT_SHOWN: ("s", BLUE),
+    noninferiority.WORSE: ("X", ORANGE),
+    noninferiority.NO_VERDICT: ("D", GREY),
+}
+"""Shape and colour of a verdict."""
+
+
+def size_loss(entries: Sequence[Mapping[str, Any]], recommended: str | None, margin: float, unit: str) -> HTML:
+    """Loss against size, every file with its verdict: the picture of the whole comparison, with a tooltip a file.
 
     Args:
-        entries: mappings with type, bytes, bits_per_weight, kld_mean, kld_low, kld_high, the metric's point estimate
-            with its interval, n, generation_tokens_per_second, generation_tokens_per_second_range, peak_memory_mib.
+        entries: of comparison.json, the reference first. recommended: type of the file that is ringed.
+        margin, unit: of the loss.
+    """
+    fig, ax = panels(4.8, 3.4)  # a drawing grows with the page: its words must be read on a phone, too
+    shown = [entry for entry in entries[1:] if entry["loss"] is not None]
+    tips = {}
+    for entry in shown:
+        x, y = entry["bytes"] / 1e6, entry["loss"]
+        low, high = entry["loss_interval"] or (y, y)
+        low, high = y if low is None else low, y if high is None else high
+        shape, colour = _VERDICTS[entry["verdict"]]
+        ax.vlines(x, low, high, color=colour, linewidth=1.5)
+        (point,) = ax.plot(x, y, shape, color=colour, markersize=8, linestyle="none")
+        if entry["type"] == recommended:
+            ax.plot(x, y, "o", markersize=16, markerfacecolor="none", markeredgecolor=GREEN, markeredgewidth=2)
+        point.set_gid(f"file-{entry['type']}")
+        tips[f"file-{entry['type']}"] = sentence("charts.size_loss_tip", e=entry, unit=unit, high=high)
+    ax.axhline(0, color=GREY, linewidth=1)
+    ax.axhline(margin, color=GREY, linewidth=1, linestyle="--")
+    bottom, top = ax.get_ylim()
+    judged = any(entry["verdict"] != noninferiority.NO_VERDICT for entry in shown)
+    if judged:
+        ax.axhspan(bottom, margin, color=GREEN, alpha=0.08, linewidth=0)
+    ax.set_ylim(bottom, max(top, 1.2 * margin))
+    ax.margins(x=0.08)
+    ax.set(xlabel=_MB, ylabel=axis_label("charts.size_loss_axis", unit=unit))
+    for verdict in dict.fromkeys(entry["verdict"] for entry in shown):
+        shape, colour = _VERDICTS[verdict]
+        ax.plot([], [], shape, color=colour, linestyle="none", label=verdict)
+    ax.legend(loc="upper right", fontsize=8)
+    _name_points(ax, {entry["type"]: (entry["bytes"] / 1e6, entry["loss"]) for entry in shown})
+    told = {"margin": margin, "unit": unit, "recommended": recommended, "reference": entries[0]}
+    alt = sentence("charts.size_loss_alt", files=shown, **told)
+    return figure(fig, sentence("charts.size_loss", n=entries[0]["n"], judged=judged, **told), alt, tips)
+
+
+def size_divergence(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
+    """KL divergence from the reference against file size.
+
+    Args:
+        entries: mappings with type, bytes, kld_mean, kld_low, kld_high.
         frontier: types of which no other file is both smaller and closer to the reference.
     """
+    fig, ax = panels(height=3.4)
+    apart = [entry for entry in entries if entry["kld_mean"] > 0]
+    places = {entry["type"]: (entry["bytes"] / 1e6, entry["kld_mean"]) for entry in apart}
+    for entry in apart:
+        x, y = places[entry["type"]]
+        ax.errorbar(x, y, yerr=[[y - entry["kld_low"]], [entry["kld_high"] - y]], **_style(entry, frontier))
+    if joined := sorted(places[name] for name in frontier if name in places):
+        ax.plot(*zip(*joined, strict=True), color=GREY, linewidth=1, linestyle="-", zorder=0)
+    ax.margins(x=0.12)
+    ax.set(xlabel=_MB, ylabel="KL divergence from the reference,\nnats a token ↓", yscale="log")
+    _name_points(ax, places)
+    files = [(name, *place) for name, place in places.items()]
     others = any(entry.get("kind") == "folder" for entry in entries)
-    sizes = {entry["type"]: entry["bytes"] / 1e6 for entry in entries}
-    bits = {entry["type"]: entry["bits_per_weight"] for entry in entries}
-    by_size, by_bits = sentence("charts.by_size", others=others), sentence("charts.by_bits", others=others)
-    return side_by_side(
-        [
-            _divergence(entries, frontier, sizes, _MB, by_size),
-            _divergence(entries, frontier, bits, _BITS, by_bits),
-            _estimate(entries, frontier, sizes),
-            _speed_and_memory(entries, frontier),
-        ]
-    )
+    return figure(fig, sentence("charts.by_size", others=others), sentence("charts.divergence_alt", files=files))
 
 
 _SIDES = [(1, 1), (-1, -1), (1, -1), (-1, 1)]
@@ -299,6 +322,7 @@ _SIDES = [(1, 1), (-1, -1), (1, -1), (-1, 1)]
 
 def _name_points(ax: Any, points: Mapping[str, tuple[float, float]]) -> None:
     """Write the name of every point beside it, where it covers no other point and no other name, if there is room."""
+    from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     taken: list[Bbox] = []
@@ -311,49 +335,20 @@ def _name_points(ax: Any, points: Mapping[str, tuple[float, float]]) -> None:
                 shown.remove()
             side = {"ha": "left" if right > 0 else "right", "va": "bottom" if above > 0 else "top", "fontsize": 8}
             shown = ax.annotate(name, place, (4 * right, 4 * above), textcoords="offset points", **side)
+            shown.set_path_effects([withStroke(linewidth=2, foreground="white")])  # readable on bars and lines
             box = shown.get_window_extent()
             if not any(box.overlaps(other) for other in (*taken, *marks)):
                 break
         taken.append(box)
 
 
-def _divergence(
-    entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], places: Mapping[str, float], axis: str, caption: str
-) -> HTML:
-    fig, ax = panels(*_PANEL)
-    apart = [entry for entry in entries if entry["kld_mean"] > 0]
-    for entry in apart:
-        x, y = places[entry["type"]], entry["kld_mean"]
-        ax.errorbar(x, y, yerr=[[y - entry["kld_low"]], [entry["kld_high"] - y]], **_style(entry, frontier))
-    joined = sorted((places[e["type"]], e["kld_mean"]) for e in apart if e["type"] in frontier)
-    if joined:
-        ax.plot(*zip(*joined, strict=True), color=GREY, linewidth=1, linestyle="-", zorder=0)
-    ax.margins(x=0.12)
-    ax.set(xlabel=axis, ylabel="KL divergence from the reference,\nnats a token ↓", yscale="log")
-    _name_points(ax, {entry["type"]: (places[entry["type"]], entry["kld_mean"]) for entry in apart})
-    files = [(e["type"], places[e["type"]], e["kld_mean"]) for e in entries]
-    return figure(fig, caption, sentence("charts.divergence_alt", axis=axis, files=files))
+def speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
+    """Rate of writing tokens and memory of each file on this machine.
 
-
-def _estimate(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str], sizes: Mapping[str, float]) -> HTML:
-    """The metric's point estimates, the largest file first."""
-    fig, ax = panels(*_PANEL)
-    key = metric_in(entries).point
-    largest_first = sorted((e for e in entries if e["n"] == entries[0]["n"]), key=lambda e: -e["bytes"])
-    places = np.arange(len(largest_first))[::-1]
-    for place, entry in zip(places, largest_first, strict=True):
-        x = entry[key]
-        low, high = entry[f"{key}_interval"] or (x, x)
-        ax.errorbar(x, place, xerr=[[x - low], [high - x]], **_style(entry, frontier))
-    ax.set_yticks(places, [f"{e['type']}, {sizes[e['type']]:.1f} MB" for e in largest_first], fontsize=8)
-    ax.locator_params(axis="x", nbins=5)
-    ax.set(xlabel=sentence(f"charts.{key}_axis"))
-    alt = sentence(f"charts.{key}_alt", files=largest_first)
-    return figure(fig, sentence(f"charts.{key}", n=entries[0]["n"], apart=len(entries) - len(places)), alt)
-
-
-def _speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
-    fig, (left, right) = panels(*_PANEL, columns=2)
+    Args:
+        entries: with type, generation_tokens_per_second, generation_tokens_per_second_range, peak_memory_mib.
+    """
+    fig, (left, right) = panels(height=0.9 + 0.25 * len(entries), columns=2)
     places = np.arange(len(entries))[::-1]
     for place, entry in zip(places, entries, strict=True):
         style, x = _style(entry, frontier), entry["generation_tokens_per_second"]

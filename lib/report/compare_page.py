@@ -2,7 +2,8 @@
 
 Both have the same parts, so that a cell of the notebook need not know which of the two it shows: `detectable` (what the
 rows can show), `sizes` and `quality` (what size buys), `differences` and `tests` (did it get worse), `by_hand` (one
-test from the rows' own scores), `beside` (what the endpoint does not see) and `disagreements` (where the files differ);
+test from the rows' own scores), `margins` or `written` (what the endpoint does not see) and `disagreements` (where the
+files differ);
 `kept` (what is left of the fine-tuning) and what follows it do not depend on the kind.
 """
 
@@ -14,9 +15,24 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from lib.language import retold
 from lib.report import charts
-from lib.report.display import Entry, Row, Shown, mark_names, say, table, tabled, tell
-from lib.report.evaluate_page import metric_text, moved_metrics
+from lib.report.display import (
+    Entry,
+    Row,
+    Shown,
+    absent,
+    as_html,
+    mark_names,
+    markup,
+    rows_of,
+    table,
+    tabled,
+    tell,
+    texts,
+)
+from lib.report.evaluate_page import latencies, metric_text, moved_metrics
+from lib.report.looks import axis_label
 from lib.report.sentences import sentence
 from lib.report.weights_page import MARK
 from lib.runs.files import data_file
@@ -26,7 +42,7 @@ from lib.settings import GRID_SIZABLE
 from lib.stages.compare.speed import MEMORIES
 from lib.statistics.intervals import limits_text
 from lib.statistics.losses import KEEPS_LITTLE, keeps_little, kept_words
-from lib.statistics.noninferiority import REFERENCE, least_margin, rows_for
+from lib.statistics.noninferiority import GOOD_ENOUGH, LEVEL, NO_VERDICT, REFERENCE, WORSE, least_margin, rows_for
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -54,18 +70,29 @@ class _Page:
         self.n, self.folds = self.files[0]["n"], self.files[0].get("folds")
         mark_names([e["type"] for e in self.files if (e["source_grid"] or 0) >= GRID_SIZABLE], MARK)
 
-    def answer(self) -> Markdown:
-        """The recommendation, as a quotation."""
-        return say("> " + self.result.recommendation["text"].replace("\n\n", "\n>\n> "))
+    def answer(self) -> HTML:
+        """The recommendation."""
+        return as_html(markup("answer", self.result.recommendation, sentence("compare.more")))
+
+    def rule(self) -> Markdown:
+        """The rule of the verdicts, its formulas, and where the scores lie."""
+        values = {"folds": self.folds, "labelled": self.result.metric is ACCURACY}
+        return tell("compare.rule", advice=self.result.recommendation, run=self._run, **values)
+
+    @property
+    def _run(self) -> str:
+        return self.result.product.path.parent.name
 
     def sizes(self) -> HTML:
-        """What size buys."""
-        return charts.size_quality(self.files, self.result.frontier)
+        """What size costs, with the verdicts."""
+        advice = self.result.recommendation
+        return charts.size_loss(self.files, advice["type"], advice["margin"], advice["unit"])
 
     def quality(self) -> HTML:
         """Size, quality and verdict of each file."""
-        tokens, apart = self.files[0]["n_tokens"], [e for e in self.others if e["n"] != self.n]
-        return tabled(self.compared, self.files, n=self.n, tokens=tokens, apart=apart, reference=self.reference)
+        apart = [entry for entry in self.others if entry["n"] != self.n]
+        caption = sentence(self.compared, n=self.n, apart=apart, reference=self.reference)
+        return table(rows_of(self.compared, self.files), caption)
 
     def differences(self) -> HTML:
         """Paired losses from the reference: accuracy, in points; answer perplexity, in percent."""
@@ -87,22 +114,54 @@ class _Page:
         )
         return table(rows, caption), self._test_by_hand(entry, pairs)
 
-    def divergences(self) -> HTML:
-        """KL divergence from the reference and perplexity of each file."""
+    def divergences(self) -> Shown:
+        """KL divergence from the reference and perplexity of each file, and which files are efficient by it."""
         measured = {"tokens": self.files[0]["n_tokens"], "window": self.result.conditions["window_tokens"]}
-        return tabled("compare.divergences", self.files, reference=self.reference, **measured)
+        found = tabled("compare.divergences", self.files, reference=self.reference, **measured)
+        return found, charts.size_divergence(self.files, self.result.frontier), charts.frontiers(self.result.files)
 
-    def speeds(self) -> HTML:
+    def speeds(self) -> Shown:
         """Load time and token rates with their range, time a row, and memory of each file."""
         where = self.result.conditions
         runs = {kind: sorted(e[f"{kind}_runs"] for e in self.files) for kind in ("load", "prompt", "generation")}
         counts = {"threads": where["n_threads"], "runs": runs}
-        return tabled("compare.speeds", self.files, processor=where["processor"], **counts)
+        measured = tabled("compare.speeds", self.files, processor=where["processor"], **counts)
+        return charts.speed_and_memory(self.files, self.result.frontier), measured
 
     def learned(self) -> Markdown:
         """The conclusions."""
-        values = {"n": self.n, "folds": self.folds, "labelled": self.result.metric is ACCURACY}
-        return tell("compare.learned", result=self.result, run=self.result.product.path.parent.name, **values)
+        files = sorted((e for e in self.others if e["kld_mean"] > 0), key=lambda e: e["kld_mean"])
+        lower = [e for e in files[1:] if e["ppl"] < self.files[0]["ppl"]]
+        puzzle = None
+        if lower:
+            times = round(lower[-1]["kld_mean"] / files[0]["kld_mean"])
+            puzzle = {**lower[-1], "times": times, "nearest": files[0]["type"]}
+        return tell(
+            "compare.learned",
+            reference=self.files[0],
+            others=self.others,
+            worse=[e["type"] for e in self.others if e["verdict"] == WORSE],
+            certain=[
+                e["type"] for e in self.others if e["verdict"] == GOOD_ENOUGH and e["loss"] > 0 and e["p_holm"] < LEVEL
+            ],
+            shares=self._changed(),
+            no_verdict=all(e["verdict"] == NO_VERDICT for e in self.others),
+            puzzle=puzzle if puzzle and puzzle["times"] >= _FAR else None,
+            n=self.n,
+            folds=self.folds,
+            margin=self.result.margin,
+            at_best=self._at_best(),
+        )
+
+    def _changed(self) -> str | None:
+        """Shares of rows with another answer than the reference's, where files have rows of their own; else None."""
+        if "flips" not in self.files[0] or all(e["n"] == self.n for e in self.others):
+            return None
+        return span([e["flips"] / e["n"] for e in self.others], ".1%")
+
+    def _at_best(self) -> dict[str, float] | None:
+        """The least loss that the rows can exclude, and the rows with which the margin could be; None: not known."""
+        return None
 
     def kept(self) -> Shown:
         """How much of what fine-tuning taught is left in each file."""
@@ -114,9 +173,14 @@ class AccuracyPage(_Page):
 
     compared, changed = "compare.accuracies", "compare.accuracy_differences"
 
+    @property
+    def _independent(self) -> float:
+        """Independent rows that the test rows are worth."""
+        return self.n / self.files[0]["copies_effect"]
+
     def detectable(self) -> Shown:
         """What this many rows can show: known before any result is."""
-        margin, independent = self.result.margin, self.n / self.files[0]["copies_effect"]
+        margin, independent = self.result.margin, self._independent
         words = tell(
             "compare.accuracy_power",
             n=self.n,
@@ -125,14 +189,23 @@ class AccuracyPage(_Page):
             margin=margin,
             least=100 * least_margin(independent),
             rows=[(share, rows_for(share, margin / 100)) for share in charts.CHANGED],
-            changed=span([(e["mcnemar_b"] + e["mcnemar_c"]) / self.n for e in self.others], ".1%"),
+            changed=span([(e["mcnemar_b"] + e["mcnemar_c"]) / e["n"] for e in self.others], ".1%"),
         )
         return charts.power(independent, margin), words
 
     def tests(self) -> Shown:
-        """The paired test of each file's accuracy, and beside it macro-F1 and log-odds."""
+        """The paired test of each file's accuracy, beside it macro-F1 and log-odds, and the label it lost most of."""
         tests = tabled("compare.accuracy_tests", self.others, files=len(self.others), folds=self.folds)
-        return tests, tabled("compare.accuracy_beside", self.others, odds_limit=ODDS_LIMIT, folds=self.folds)
+        beside = tabled("compare.accuracy_beside", self.others, odds_limit=ODDS_LIMIT, folds=self.folds)
+        return tests, beside, tabled("compare.lost_labels", map(self._most_lost, self.others))
+
+    def _most_lost(self, entry: Entry) -> Row:
+        """The label whose recall fell most from the reference's, on the rows of this file."""
+        own, reference = entry["per_class"], self.files[0] if entry["n"] == self.n else self.files[0]["own"]
+        before = {name: scores["recall"] for name, scores in reference["per_class"].items()}
+        change, name = min((scores["recall"] - before[name], name) for name, scores in own.items())
+        found = {**own[name], "label": name, "before": before[name], "change": change} if change < 0 else {}
+        return {"type": entry["type"], **found}
 
     def _test_by_hand(self, entry: Entry, pairs: DataFrame) -> Markdown:
         from scipy.stats import binomtest
@@ -144,13 +217,23 @@ class AccuracyPage(_Page):
         p = float(binomtest(counts["lost"], discordant, 0.5).pvalue) if discordant else 1.0
         return tell("compare.mcnemar_by_hand", names=list(pairs.columns), counts=counts, p=p, page=entry["mcnemar_p"])
 
-    def beside(self) -> Shown:
+    def written(self) -> Shown:
+        """Nothing: labels are no texts."""
+        return ()
+
+    def _at_best(self) -> dict[str, float]:
+        return {
+            "least": 100 * least_margin(self._independent),
+            "rows": rows_for(charts.CHANGED[1], self.result.margin / 100),
+        }
+
+    def margins(self) -> Shown:
         """The margins behind the labels, drawn."""
         smallest = min(self.others, key=lambda e: e["bytes"])["type"]
         names = dict.fromkeys([self.reference, self.others[0]["type"], smallest])
         margins = {name: self.result.scores(name).margins for name in names}
         labels = self.result.scores(self.reference).log_probs.shape[1]
-        axis = sentence("charts.margins_axis", labels=labels)
+        axis = axis_label("charts.margins_axis", labels=labels)
         histogram = charts.overlay_histogram(margins, axis, sentence("compare.margin_histogram", n=self.n))
         return (histogram,)
 
@@ -191,36 +274,72 @@ class AnswerPage(_Page):
         page = entry["loss_difference"]
         return tell("compare.losses_by_hand", names=[before, after], tokens=int(tokens.sum()), mean=mean, page=page)
 
-    def beside(self) -> Shown:
-        """What the files write: the checks of their answers, and the differences from the reference's."""
+    def margins(self) -> Shown:
+        """Nothing: answers without labels have no margin."""
+        return ()
+
+    def written(self) -> Shown:
+        """What the files write: the checks of their answers, the differences from the reference's, and the texts."""
         caption, written = sentence("compare.written_differences", reference=self.reference), self.result.written
         if not written:
-            nothing = sentence("written.nothing")
-            return table([{"type": nothing}], nothing), table([{"type": nothing}], caption)
+            return ()
         short = [entry for entry in written["metrics"] if entry["key"] in SHORT]
 
         def cells(kind: str, name: str) -> Row:
             return {SHORT[entry["key"]]: metric_text(entry, kind, name) for entry in short}
 
-        same_text = written["same_text"].items()
-        metrics = [{"type": name, "same text": same, **cells("models", name)} for name, same in same_text]
-        others = [name for name, _ in same_text if name != written["reference"]]
+        metrics = [{"type": name, **cells("models", name)} for name in written["same_text"]]
+        others = [name for name in written["same_text"] if name != written["reference"]]
         differences = [{"type": name, **cells("differences", name)} for name in others]
         terms = next((entry for entry in written["metrics"] if entry["key"] == "terms"), None)
+        types = next((entry["types"] for entry in written["metrics"] if "types" in entry), {})
+        by_type = [
+            {"type": name, **{f"F1, {line['type']} ({line['wanted']})": f"{line['f1']:.2f}" for line in lines}}
+            for name, lines in types.items()
+        ]
         return (
             table(metrics, sentence("written.file_conditions", written=written, terms=terms)),
             table(differences, caption),
+            *([table(by_type, sentence("written.file_types"))] if by_type else []),
+            *self._side_by_side(),
+        )
+
+    def _side_by_side(self) -> Shown:
+        """Latency of the answers to rows and prompts, how alike they are to the reference's, and some of them."""
+        rows, prompts = self.result.generated, self.result.prompts["prompts"]
+        names, shown = self.result.written["same_text"], (prompts or rows)[:SIDE_BY_SIDE]
+        models = {name: [one["answers"][name] for one in (*rows, *prompts)] for name in names}
+        lines, cut = [], f" {retold('[cut at the limit]')}"
+        for one in shown:
+            said: dict[str, list[str]] = {one["reference"]: [sentence("written.reference")]} if one["reference"] else {}
+            for name, answer in one["answers"].items():
+                said.setdefault(answer["text"] + ("" if answer["ended"] else cut), []).append(name)
+            asked = {"prompt": one.get("question") or one.get("prompt")}
+            lines += [
+                {**asked, "by": ", ".join(map(retold, by)), "answer": text or retold("(nothing)")}
+                for text, by in said.items()
+            ]
+        told = {"shown": len(shown), "rows": len(rows), "prompts": len(prompts)}
+        return (
+            table(latencies(models), sentence("evaluate.latency", reference=self.reference)),
+            texts(lines, sentence("written.side_by_side", **told), longest=400),
         )
 
     def disagreements(self) -> Shown:
         """Which files write differently from the reference."""
         written = self.result.written
         if not written:
-            return (say(f"{sentence('written.nothing')}."),)
+            return ()
         names = [name for name in written["same_text"] if name != written["reference"]]
         moved = {name: moved_metrics(written["metrics"], name) for name in names}
         return (tell("written.file_reading", written=written, moved=moved),)
 
+
+_FAR = 10
+"""Times that the largest KL divergence must be the smallest one before a lower perplexity is called no gain."""
+
+SIDE_BY_SIDE = 5
+"""Prompts, or without a set test rows, whose answers page 07 shows."""
 
 SHORT: dict[str, str] = data_file("report/written.yaml")
 """Metrics of written answers in the tables, and their headings."""
@@ -229,13 +348,16 @@ SHORT: dict[str, str] = data_file("report/written.yaml")
 # Rows of tables: one row a file.
 
 
-def ceilings(limits: Iterable[Mapping[str, Any]]) -> HTML:
+def ceilings(limits: Sequence[Mapping[str, Any]]) -> HTML | Markdown:
     """The most tokens a second that a memory can feed (`lib.stages.compare.speed`)."""
+    if not limits:
+        return absent("compare.no_ceilings")
+    most = f"≤ tokens/s{retold(', ')}"
     rows = [
         {
             "type": limit["type"],
             "read_mb": limit["megabytes"],
-            **{f"≤ tokens/s, {name.split(',')[0]}": f"{r:,.0f}" for name, r in limit["tokens_per_second"].items()},
+            **{f"{most}{name.split(',')[0]}": f"{r:,.0f}" for name, r in limit["tokens_per_second"].items()},
         }
         for limit in limits
     ]
@@ -301,7 +423,7 @@ def kept_reading(files: Sequence[Entry], note: str) -> Markdown:
     words = {e["type"]: kept_words(e) for e in sorted(known, key=lambda e: e["retention"])}
     poor = [name for name in words if keeps_little(next(e for e in known if e["type"] == name))]
     order = _order(known)
-    return tell("compare.kept_reading", words=words, poor=poor, little=KEEPS_LITTLE, note=note, order=order)
+    return tell("compare.kept_reading", words=words, poor=poor, little=KEEPS_LITTLE, note=retold(note), order=order)
 
 
 def _order(known: Sequence[Entry]) -> dict[str, Any] | None:

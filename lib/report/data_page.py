@@ -6,12 +6,13 @@ Both have the same parts, so that a cell of the notebook need not know which of 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.language import CHINESE, language, translated
 from lib.report import charts, display
-from lib.report.display import Row, Shown, tell
+from lib.report.display import Row, Shown, absent, tell
 from lib.report.sentences import sentence
 from lib.report.weights_page import unpacked
 from lib.runs import machine
@@ -76,9 +77,11 @@ class DataPage:
         """Kinds of characters that deserve a look."""
         return display.table(text_findings(self.result.text_audit), sentence("data.odd_characters"))
 
-    def scripts(self) -> HTML:
+    def scripts(self) -> HTML | Markdown:
         """Simplified and traditional rows of each split."""
         lines = self.result.text_audit.get("scripts", [{"split": _OLD}])
+        if all(line.get("neither") == line.get("rows") is not None for line in lines):
+            return tell("data.no_scripts")
         rows = [{("traditional forms" if "share" in key else key): v for key, v in line.items()} for line in lines]
         return display.table(rows, sentence("data.scripts"), {"traditional forms": ".3%"})
 
@@ -93,19 +96,21 @@ class DataPage:
         """Duplicates."""
         return display.table(self.result.duplicates, sentence("data.copies", labelled=self.labelled))
 
-    def overlaps(self) -> HTML:
+    def overlaps(self) -> HTML | Markdown:
         """Leaks between splits."""
+        if not self.result.overlaps:
+            return absent("data.no_overlaps")
         return display.table(self.result.overlaps, sentence("data.overlaps"))
 
     def leaks(self) -> Markdown:
         """How many test rows are leaked."""
-        values = {"labelled": self.labelled, "rule": self.result.split_rule}
-        return tell("data.leaks", leaked=sum(self.leaked), rows=len(self.leaked), **values)
+        return tell("data.leaks", leaked=sum(self.leaked), rows=len(self.leaked), labelled=self.labelled)
 
-    def leak_examples(self) -> HTML:
+    def leak_examples(self) -> HTML | Markdown:
         """Leaked rows as text."""
-        found = self.result.leaked_examples or [{"text": "no leaked row"}]
-        return display.texts(found, "Examples of leaked rows, least obvious first.")
+        if not self.result.leaked_examples:
+            return absent("data.no_leaks")
+        return display.texts(self.result.leaked_examples, "Examples of leaked rows, least obvious first.")
 
     def lengths(self) -> HTML:
         """Tokens a row."""
@@ -148,8 +153,23 @@ class LabelPage(DataPage):
 
     def conflicts(self) -> HTML:
         """Texts that carry both labels."""
-        found = self.result.conflict_examples or [{"text": "no conflicting text"}]
-        return display.texts(found, sentence("data.conflicts"))
+        named = [
+            {**line, "rows by label": self._named(line["rows by label"])} for line in self.result.conflict_examples
+        ]
+        return display.texts(named or [{"text": "no conflicting text"}], sentence("data.conflicts"))
+
+    def leak_examples(self) -> HTML | Markdown:
+        """Leaked rows as text, labels by their names."""
+        if not self.result.leaked_examples:
+            return absent("data.no_leaks")
+        names = self.task.label_names
+        keys = ("label", "train label")
+        found = [{**row, **{key: names[int(row[key])] for key in keys}} for row in self.result.leaked_examples]
+        return display.texts(found, "Examples of leaked rows, least obvious first.")
+
+    def _named(self, rows: Mapping[str, int]) -> dict[str, int]:
+        """Rows by a label's name instead of its place."""
+        return {self.task.label_names[int(place)]: count for place, count in rows.items()}
 
     def floor(self) -> HTML:
         """The linear floor."""
@@ -205,15 +225,15 @@ class ConversationPage(DataPage):
 
     def conflicts(self) -> Markdown:
         """There are none."""
-        return tell("data.no_conflicts")
+        return absent("data.no_conflicts")
 
     def detectable(self) -> Shown:
         """Nothing, before anything is measured."""
-        return (tell("data.no_plan", fewest=FEWEST_GROUPS),)
+        return (absent("data.no_plan", fewest=FEWEST_GROUPS),)
 
     def floor(self) -> Markdown:
         """There is none."""
-        return tell("data.no_floor")
+        return absent("data.no_floor")
 
     def learned(self) -> Markdown:
         """The conclusions."""
@@ -225,6 +245,10 @@ class ConversationPage(DataPage):
         return tell("data.answers_learned", shape=shape, thinking=self.task.thinking, **counts, **self._totals())
 
 
+def _listed(parts: Iterable[str]) -> str:
+    return ("、" if language() == CHINESE else ", ").join(map(translated, parts))
+
+
 def text_findings(audit: Row) -> list[Row]:
     """One line a kind of character that occurs."""
     if not audit:
@@ -233,7 +257,7 @@ def text_findings(audit: Row) -> list[Row]:
     rows = [
         {
             "what": line["what"],
-            f"rows: {', '.join(splits)}": ", ".join(f"{line[name]:,}" for name in splits),
+            f"{translated('rows')}{translated(': ')}{_listed(splits)}": _listed(f"{line[name]:,}" for name in splits),
             **{key: line[key] for key in ("characters", "most frequent", "example")},
         }
         for line in audit["findings"]

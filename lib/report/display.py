@@ -22,10 +22,10 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lib.report.sentences import LANGUAGE, cell_text, environment, sentence, word_rows
+from lib.language import CHINESE, language, retold, translated
+from lib.report.sentences import cell_text, environment, in_markdown, sentence, word_rows
 from lib.runs.files import data_file
 from lib.statistics.intervals import Interval
-from lib.statistics.losses import kept_words
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -88,26 +88,34 @@ def value_at(entry: Any, path: str) -> Any:
     return entry
 
 
-@functools.cache
-def registry(language: str = LANGUAGE) -> dict[str, Column]:
+def registry() -> dict[str, Column]:
     """The columns by key, and by heading as well: a heading is the key of a table that was made elsewhere."""
+    return _registry(language())
+
+
+def _in_unit(unit: str) -> str:
+    return f"（{translated(unit)}）" if language() == CHINESE else f", {unit}"
+
+
+@functools.cache
+def _registry(_: str) -> dict[str, Column]:
     columns = {}
     for key, entry in data_file("report/columns.yaml").items():
-        name, explanation = entry[language]
-        unit = f", {entry['unit']}" if "unit" in entry else ""
+        name, explanation = map(translated, entry["en"])
+        unit = _in_unit(entry["unit"]) if "unit" in entry else ""
         heading = f"{name}{unit}{_ARROWS.get(entry.get('better'), '')}"
         stored = {part: entry[part] for part in ("times", "per", "interval") if part in entry}
         columns[key] = Column(heading, explanation, entry.get("format", ""), **stored)
     return {column.heading: column for column in columns.values()} | columns
 
 
-_FUNCTIONS = {"Interval": Interval, "kept": kept_words, "median": median, "sentence": sentence}
+_FUNCTIONS = {"Interval": Interval, "median": median, "sentence": sentence}
 """What formulas call."""
 
 
 @functools.cache
 def _formula(text: str) -> Callable[..., Any]:
-    return environment(f"sentences/{LANGUAGE}", False).compile_expression(text.removeprefix("="))
+    return environment("sentences", False).compile_expression(text.removeprefix("="))
 
 
 def rows_of(name: str, entries: Iterable[Any], /, **values: Any) -> list[Row]:
@@ -144,7 +152,13 @@ class Table:
         return [dict(zip(self.headings, row, strict=True)) for row in rows]
 
 
-def build(rows: Iterable[Row], caption: str, formats: Mapping[str, str] | None = None) -> Table:
+_OF_USERS = frozenset(data_file("report/columns_of_users.yaml"))
+"""Columns whose cells are never translated."""
+_OURS = {"split", "decoding"}
+"""Columns whose cells are, also in a table of texts of the data."""
+
+
+def build(rows: Iterable[Row], caption: str, formats: Mapping[str, str] | None = None, of_users: bool = False) -> Table:
     """The table of some rows, in the order in which their keys first occur.
 
     >>> build([{"type": "Q8_0", "size_mb": 145.2}, {"type": "Q2_K"}], "Files.").rows
@@ -153,15 +167,20 @@ def build(rows: Iterable[Row], caption: str, formats: Mapping[str, str] | None =
     Args:
         rows: mappings from keys of ``columns.yaml``, or headings, to numbers, `Interval`s and text.
         formats: format specifications for columns that are not registered.
+        of_users: whether the cells hold texts of the data, which are never translated.
     """
     rows = list(rows) or [{"rows": "none"}]
     columns, cells = [], []
     for key in dict.fromkeys(key for row in rows for key in row):
-        column, values = registry().get(key, Column(key)), [row.get(key) for row in rows]
+        column, values = registry().get(key, Column(translated(key))), [row.get(key) for row in rows]
         numeric = all(isinstance(value, (int, float, Interval, type(None))) for value in values)
         columns.append(replace(column, numeric=numeric))
-        cells.append([cell_text(value, (formats or {}).get(key, column.form)) for value in values])
-    return Table(caption, columns, [list(row) for row in zip(*cells, strict=True)])
+        form = (formats or {}).get(key, column.form)
+        words = key in _OURS or (key not in _OF_USERS and not of_users)
+        cells.append(
+            [retold(value) if isinstance(value, str) and words else cell_text(value, form) for value in values]
+        )
+    return Table(retold(caption), columns, [list(row) for row in zip(*cells, strict=True)])
 
 
 # Names that every table of a page marks, once they are known.
@@ -192,40 +211,51 @@ def marked(text: str) -> str:
 # What a cell shows: a figure with caption and alternative text, a table, a sentence with computed numbers.
 
 
-def _html(text: str) -> HTML:
+def as_html(text: str) -> HTML:
     from IPython.display import HTML
 
     return HTML(text)
 
 
-def figure(fig: Figure, caption: str, alt: str) -> HTML:
-    """Close `fig` and return it as <figure>.
+def figure(fig: Figure, caption: str, alt: str, tips: Mapping[str, str] | None = None) -> HTML:
+    """Close `fig` and return it as <figure>: a PNG, or an SVG where parts of it have tooltips.
 
     Args:
         caption: what is seen, with units, n and the kind of uncertainty.
         alt: the same for a reader who does not see it: the message, not the looks.
+        tips: gid of an artist → what is shown to whoever points at it.
     """
     import matplotlib.pyplot as plt
+    from matplotlib import rcParams
+    from matplotlib.text import Text
 
+    for words in fig.findobj(Text) if len(rcParams["font.family"]) > 1 else ():  # with Chinese glyphs
+        words.set_text(retold(words.get_text()))
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", bbox_inches="tight")
+    fig.savefig(buffer, format="svg" if tips else "png", bbox_inches="tight")
     plt.close(fig)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return _html(
-        f'<figure><img style="max-width:100%" alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
+    described = html.escape(alt, quote=True)
+    if tips:
+        drawing = _with_tips(buffer.getvalue().decode(), described, tips)
+    else:
+        data = base64.b64encode(buffer.getvalue()).decode()
+        drawing = f'<img style="max-width:100%" alt="{described}" src="data:image/png;base64,{data}">'
+    return as_html(f"<figure>{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>")
 
 
-def side_by_side(figures: Iterable[HTML]) -> HTML:
-    """Figures that stand beside one another where the screen is wide enough, and below one another on a phone."""
-    parts = (f'<div style="flex:1 1 28em;min-width:0">{shown.data}</div>' for shown in figures)
-    return _html(f'<div style="display:flex;flex-wrap:wrap;gap:0 1em">{"".join(parts)}</div>')
+def _with_tips(svg: str, alt: str, tips: Mapping[str, str]) -> str:
+    """A drawing of matplotlib to stand in a page: without a head and a style sheet of its own, with tooltips."""
+    drawing = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.S)
+    looks = "width:100%;max-width:42rem;height:auto;stroke-linejoin:round;stroke-linecap:butt"
+    drawing = drawing.replace("<svg ", f'<svg role="img" aria-label="{alt}" style="{looks}" ', 1)
+    for name, words in tips.items():
+        drawing = drawing.replace(f'<g id="{name}">', f'<g id="{name}"><title>{html.escape(words)}</title>', 1)
+    return drawing
 
 
 def stacked(*parts: HTML) -> HTML:
     """Tables and figures below one another."""
-    return _html("".join(part.data for part in parts))
+    return as_html("".join(part.data for part in parts))
 
 
 def markup(macro: str, *values: Any) -> str:
@@ -233,17 +263,19 @@ def markup(macro: str, *values: Any) -> str:
     return str(getattr(environment("pages", True).get_template("macros.html.j2").module, macro)(*values))
 
 
-def table(rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str, str] | None = None) -> HTML:
+def table(
+    rows: Iterable[Mapping[str, Any]], caption: str, formats: Mapping[str, str] | None = None, of_users: bool = False
+) -> HTML:
     """Rows as an HTML table with a caption; see `build`. Names that `mark_names` knows are marked."""
-    plain = build(rows, caption, formats)
+    plain = build(rows, caption, formats, of_users)
     made = Table(
-        caption,
+        plain.caption,
         [replace(column, heading=marked(column.heading)) for column in plain.columns],
         [[marked(cell) for cell in row] for row in plain.rows],
     )
     if made != plain:  # compared, not searched for: a text of the data may hold the sign itself
-        made = replace(made, caption=f"{caption} {GRID_MARK} {_caption}")
-    return _html(f'<div class="table">{markup("data_table", made)}</div>')
+        made = replace(made, caption=f"{plain.caption} {GRID_MARK} {_caption}")
+    return as_html(f'<div class="table">{markup("data_table", made)}</div>')
 
 
 def tabled(name: str, entries: Iterable[Any], /, **values: Any) -> HTML:
@@ -253,8 +285,8 @@ def tabled(name: str, entries: Iterable[Any], /, **values: Any) -> HTML:
 
 def key_values(values: Mapping[str, Any], caption: str) -> HTML:
     """A mapping as a table of two columns."""
-    pairs = [(str(key), cell_text(value)) for key, value in values.items()]
-    return _html(f'<div class="table">{markup("pairs", pairs, caption)}</div>')
+    pairs = [(translated(str(key)), retold(cell_text(value))) for key, value in values.items()]
+    return as_html(f'<div class="table">{markup("pairs", pairs, retold(caption))}</div>')
 
 
 def card(name: str, /, **values: Any) -> HTML:
@@ -263,7 +295,7 @@ def card(name: str, /, **values: Any) -> HTML:
     card("quantize.imatrix_card", record=matrix.record)
     """
     (caption,), *pairs = word_rows(name, **values)
-    return _html(f'<div class="table">{markup("pairs", pairs, caption)}</div>')
+    return as_html(f'<div class="table">{markup("pairs", pairs, caption)}</div>')
 
 
 def show(*parts: HTML | Markdown | None) -> None:
@@ -275,24 +307,27 @@ def show(*parts: HTML | Markdown | None) -> None:
             display(part)
 
 
-_MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
-
-
-def as_written(text: str) -> str:
-    """A text of a user's (a parameter, a file's name) inside Markdown: shown as it is, never markup or a link."""
-    return html.escape(_MARKDOWN.sub(r"\\\1", text), quote=False)
-
-
-def say(text: str) -> Markdown:
+def say(text: str, **metadata: Any) -> Markdown:
     """A paragraph whose numbers were computed (Markdown)."""
     from IPython.display import Markdown
 
-    return Markdown(text)
+    shown = Markdown("", metadata=metadata or None)
+    shown.data = text  # handed over, one that begins with http would be taken for an address, and fetched
+    return shown
 
 
 def tell(name: str, /, **values: Any) -> Markdown:
     """`sentence` as a paragraph: tell("evaluate.decoding", rows=20, first=8, most=256)."""
-    return say(sentence(name, **values))
+    return say(in_markdown(name, **values))
+
+
+def absent(name: str, /, **values: Any) -> Markdown:
+    """Why there is nothing to show, for whoever runs the notebook; a section that says no more is left off the page."""
+    return say(in_markdown(name, **values), **{ABSENT: True})
+
+
+ABSENT = "absent"
+"""Metadata of an output that says why there is none."""
 
 
 def made(product: Product) -> Markdown:
@@ -300,12 +335,12 @@ def made(product: Product) -> Markdown:
     left: dict[str, list[str]] = defaultdict(list)
     for name, words in product.entry.facts.get("found_done", {}).items():
         left[words].append(name)
-    return tell("display.made", message=as_written(product.message), left=left)
+    return tell("display.made", message=retold(product.message), left=left)
 
 
 def stamps(run: Run) -> HTML:
     """What every page of this run must say (sample data, offline base, fallbacks), one line each."""
-    return _html(markup("banners", run.stamps()))
+    return as_html(markup("banners", map(retold, run.stamps())))
 
 
 def texts(rows: Iterable[Mapping[str, Any]], caption: str, longest: int = 160) -> HTML:
@@ -315,9 +350,9 @@ def texts(rows: Iterable[Mapping[str, Any]], caption: str, longest: int = 160) -
         return f"{value[:longest]} …" if isinstance(value, str) and len(value) > longest else value
 
     short = [{key: shortened(value) for key, value in row.items()} for row in rows]
-    return _html(f'<div class="texts">{table(short, caption).data}</div>')
+    return as_html(f'<div class="texts">{table(short, caption, of_users=True).data}</div>')
 
 
 def tokens(pieces: Sequence[str], in_loss: Sequence[bool], caption: str) -> HTML:
     """A tokenized example; the tokens that the loss is computed on are marked (and underlined, for print)."""
-    return _html(markup("tokens", zip(pieces, in_loss, strict=True), caption))
+    return as_html(markup("tokens", zip(pieces, in_loss, strict=True), caption))

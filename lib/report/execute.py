@@ -128,10 +128,6 @@ def main(request_file: str) -> int:
     return OK
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
-
-
 # One notebook, one process: start it, show its progress, end it and all its children on time-out or interruption.
 
 
@@ -319,3 +315,7 @@ def judge(executed: Path, ended: Ended, timeout: float) -> Failure | None:
     if never:
         return Failure(f"cell {never[0]} never ran.", 1, last_words)
     return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

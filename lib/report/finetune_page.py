@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from lib.models.loading import load_tokenizer
 from lib.progress import show_live, shown_live
+from lib.prompts.tasks import read_task
 from lib.report import charts, display
-from lib.report.display import figure, table, tell
+from lib.report.display import absent, figure, table, tell
 from lib.report.sentences import sentence, word_rows
+from lib.runs.files import read_jsonl
 from lib.runs.machine import physical_cores, whole_lines
 
 if TYPE_CHECKING:
@@ -85,19 +91,19 @@ def resources(samples: Sequence[Mapping[str, float]], summary: Mapping[str, floa
     """
     if len(samples) < ENOUGH:
         return tell("finetune.few_samples")
-    fig, (left, right) = charts.panels(9.0, 3.0, columns=2)
+    fig, (upper, lower) = charts.panels(height=4.2, rows=2)
     unit, size = ("minutes", 60) if samples[-1]["seconds"] > LONG else ("seconds", 1)
     times = [sample["seconds"] / size for sample in samples]
-    left.plot(times, [sample["cpu_percent"] / 100 for sample in samples], label="processor, cores")
-    right.plot(times, [sample["rss_mib"] for sample in samples], label="resident memory")
+    upper.plot(times, [sample["cpu_percent"] / 100 for sample in samples], label="processor, cores")
+    lower.plot(times, [sample["rss_mib"] for sample in samples], label="resident memory")
     if "gpu_percent_median" in summary:
         busy = [sample.get("gpu_percent", float("nan")) / 100 for sample in samples]
-        left.plot(times, busy, label="GPU, share of time")
+        upper.plot(times, busy, label="GPU, share of time")
     if "gpu_mib_max" in summary:
-        right.plot(times, [sample.get("gpu_mib", float("nan")) for sample in samples], label="GPU memory")
-    left.set(xlabel=unit, ylabel="busy")
-    right.set(xlabel=unit, ylabel="MiB (2²⁰ bytes)")
-    for ax in (left, right):
+        lower.plot(times, [sample.get("gpu_mib", float("nan")) for sample in samples], label="GPU memory")
+    upper.set(ylabel="busy")
+    lower.set(xlabel=unit, ylabel="MiB (2²⁰ bytes)")
+    for ax in (upper, lower):
         ax.set_ylim(0, 1.2 * ax.dataLim.ymax)
         ax.legend(loc="lower right")
     use = {"use": summary, "cores": cores}
@@ -106,7 +112,9 @@ def resources(samples: Sequence[Mapping[str, float]], summary: Mapping[str, floa
 
 
 def card(result: FinetuneResult) -> HTML:
-    """What the adapter is and how it came about."""
+    """What the adapter is and how it came about; or that there is none."""
+    if result.untrained:
+        return display.card("finetune.untrained_card", result=result)
     if result.adopted:
         return display.card("finetune.adopted_card", result=result, given={"trained_on": "", **result.adopted})
     entry = result.product.entry
@@ -114,10 +122,21 @@ def card(result: FinetuneResult) -> HTML:
     return display.card("finetune.trained_card", result=result, device=entry.device, processes=processes)
 
 
+def _of_a_training(show: Callable[[FinetuneResult], Any]) -> Callable[[FinetuneResult], Any]:
+    """What needs an adapter. A report leaves out cells that have none to show; this is for notebooks run by hand."""
+
+    @functools.wraps(show)
+    def shown(result: FinetuneResult) -> Any:
+        return tell("finetune.untrained") if result.untrained else show(result)
+
+    return shown
+
+
+@_of_a_training
 def memory(result: FinetuneResult) -> HTML | Markdown:
     """Estimated and measured memory of the training."""
     if result.adopted:
-        return tell("finetune.no_memory")
+        return absent("finetune.no_memory")
     return table(memory_rows(result), sentence("finetune.memory_caption"))
 
 
@@ -128,28 +147,46 @@ def memory_rows(result: FinetuneResult) -> list[dict[str, Any]]:
     return [{"part": part, "mib": float(size)} for part, size in rows]
 
 
+@_of_a_training
 def advice(result: FinetuneResult) -> Markdown:
     """What to change when memory is scarce."""
     return tell("finetune.advice", lines=result.advice, adopted=bool(result.adopted))
 
 
+@_of_a_training
 def curves(result: FinetuneResult) -> HTML | Markdown:
     """Losses and learning rate over the updates."""
     if result.adopted:
-        return tell("finetune.no_history")
-    return charts.learning_curves(result.history, result.chosen_step)
+        return absent("finetune.no_history")
+    return charts.learning_curves(result.history, result.chosen_step, _guessing(result.product.path.parent / "data"))
 
 
+def _guessing(data: Path) -> float | None:
+    """The loss, nats a loss token, of whoever gives every label the same probability and knows how an answer ends: ln K
+    over the tokens of an answer (the mean over some validation rows); None without labels."""
+    task = read_task(data)
+    if not task.label_names:
+        return None
+    tokenizer, rows = load_tokenizer(data / "tokenizer"), read_jsonl(data / "validation.jsonl")[:_ROWS]
+    return math.log(len(task.label_names)) / mean(len(task.encode(tokenizer, row).loss) for row in rows)
+
+
+_ROWS = 50
+
+
+@_of_a_training
 def chosen(result: FinetuneResult) -> Markdown:
     """Which checkpoint is kept, and whether more training would help."""
     return tell("finetune.chosen", result=result, losses=_validation(result))
 
 
+@_of_a_training
 def speed(result: FinetuneResult) -> Markdown:
     """Tokens a second and the time of the whole stage."""
     return tell("finetune.speed", result=result, losses=_validation(result))
 
 
+@_of_a_training
 def resource_use(result: FinetuneResult) -> HTML | Markdown:
     """Processor, GPU and memory over time."""
     if result.adopted:

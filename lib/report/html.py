@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from bs4 import BeautifulSoup
 
-from lib.report.display import markup
+from lib.language import TAGS, language, translated
 from lib.report.index import Stage, Summary, commit_words, fill, parameter_pairs, stylesheet, versions_of
-from lib.report.sentences import LANGUAGE, TEMPLATES, sentence
-from lib.runs.manifest import NOTEBOOK_OF
+from lib.report.sections import Section, sections
+from lib.report.sentences import TEMPLATES, sentence
 
 if TYPE_CHECKING:
     from nbconvert import HTMLExporter
@@ -29,7 +29,14 @@ _TABLE = re.compile(r"<table\b.*?</table>", re.S)
 def code_caption(source: str) -> str:
     """What the folded code says of itself: its first comment, or 'Code'."""
     first = source.strip().splitlines()[0] if source.strip() else ""
-    return f"Code: {first.lstrip('# ').strip()}" if first.startswith("# ") else "Code"
+    words = first.lstrip("# ").strip() if first.startswith("# ") else ""
+    caption = translated(translated(words, "code"))  # that of the parameters is a word
+    return f"{translated('Code')}{translated(': ')}{caption}" if caption else translated("Code")
+
+
+def inert(markdown: str) -> str:
+    """Markdown of an output without HTML but the folding of our own sentences: words of users may hold any."""
+    return re.sub(r"<(?!/?(?:details|summary)>)", "&lt;", markdown)
 
 
 def duration(seconds: float) -> str:
@@ -75,7 +82,7 @@ def _link(match: re.Match[str], there: set[str]) -> str:
     """A link to another notebook becomes one to its page, to the README one to the overview; to other files, text."""
     stem = Path(match["path"]).stem
     if stem == "README":
-        return '<a href="index.html">Overview</a>'
+        return f'<a href="index.html">{translated("Overview")}</a>'
     if match["path"].endswith(".ipynb") and stem in there:
         return f'<a href="{stem}.html{match["anchor"] or ""}">{match["text"]}</a>'
     return match["text"]
@@ -83,42 +90,57 @@ def _link(match: re.Match[str], there: set[str]) -> str:
 
 def _exporter() -> HTMLExporter:
     from nbconvert import HTMLExporter
-    from traitlets.config import Config
 
-    # the values of a parameters cell are not true for this run: those that papermill put below it are
-    removed = {"remove_input_tags": {"remove_input"}, "remove_cell_tags": {"remove_cell", "parameters"}}
     exporter = HTMLExporter(
-        config=Config({"TagRemovePreprocessor": {"enabled": True, **removed}}),
         template_name="workbook",
         extra_template_basedirs=[str(TEMPLATES)],
-        language_code=LANGUAGE,
+        language_code=TAGS[language()],
         exclude_anchor_links=True,
         embed_images=True,
     )
     exporter.register_filter("code_caption", code_caption)
+    exporter.register_filter("inert", inert)
     return exporter
 
 
-def render(executed: Path, summary: Summary, stages: list[Stage]) -> str:
-    """The page of one executed notebook; that of the comparison opens with its answer.
+def _headed(found: list[Section]) -> list[Section]:
+    """Sections as the template takes them: the heading of a folded one stands in its summary, not in its words."""
+    for section in found:
+        if section.tag == "evidence" and section.level == 2:
+            section.cells[0].source = section.cells[0].source.partition("\n")[2]
+    return found
+
+
+def render(executed: Path, summary: Summary, stages: list[Stage], full: bool = False) -> str:
+    """The page of one executed notebook.
 
     Args:
         executed: papermill's output, named like the stage.
         stages: all stages of the report in order; those that exist are linked.
+        full: whether the evidence is unfolded, so that it is printed, too.
     """
     import nbformat
 
     name = executed.stem
     notebook = nbformat.read(executed, as_version=4)
     for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = translated(cell.source.strip(), f"notebooks/{name}")
         if cell.cell_type == "code":
             cell.outputs = [_folded(output) for output in cell.outputs]
     title = next((s.title for s in stages if s.name == name), name)
     resources = {
-        "title": f"{title} – run {summary.name}",
+        "title": f"{title} – {translated('run')} {summary.name}",
         "css": stylesheet(),
         "top": fill("top.html.j2", stages=stages, current=name, run=summary),
         "bottom": _bottom(notebook, name, summary),
+        "sections": _headed(sections(notebook.cells, summary.labelled)),
+        "words": {
+            "evidence": sentence("display.evidence"),
+            "folded": sentence("display.folded"),
+            "setup": sentence("display.setup"),
+        },
+        "full": full,
     }
     html, _ = _exporter().from_notebook_node(notebook, resources={"workbook": resources})
     head, separator, rest = html.partition('<main id="content">')
@@ -126,9 +148,8 @@ def render(executed: Path, summary: Summary, stages: list[Stage]) -> str:
     there = {s.name for s in stages if s.exists}
     body = harmless(body)
     body = _STAGE_LINK.sub(lambda m: _link(m, there), body)
-    if name == NOTEBOOK_OF["comparison"] and summary.recommendation:
-        body = body.replace("</h1>", f"</h1>\n{markup('answer', summary.recommendation)}", 1)
-    body = _TABLE.sub(lambda m: f'<div class="scroll" tabindex="0" role="region" aria-label="table">{m[0]}</div>', body)
+    region = f'<div class="scroll" tabindex="0" role="region" aria-label="{translated("table")}">'
+    body = _TABLE.sub(lambda table: f"{region}{table[0]}</div>", body)
     return head + separator + body + end + foot
 
 
@@ -175,15 +196,19 @@ def _resources(page: BeautifulSoup) -> Iterator[str]:
                 yield f"a dependency on the file {address[:80]!r}"
         if tag.name == "script" and tag.get("type", "text/javascript") != "application/json":
             yield "a script"
-        if tag.name in _ACTIVE or any(_is_live(key, value) for key, value in tag.attrs.items()):
+        live = tag.name in _ACTIVE or (tag.name in _OF_HEAD and tag.find_parent("body"))
+        if live or any(_is_live(key, value) for key, value in tag.attrs.items()):
             yield "live markup"
         if _CSS_URL.search(tag.get("style", "") + (tag.get_text() if tag.name == "style" else "")):
             yield "a network dependency"
 
 
-_ACTIVE = ("iframe", "object", "embed", "form", "base", "applet", "frame")
+_ACTIVE = ("iframe", "object", "embed", "form", "base", "applet", "frame", "video", "audio", "input", "select")
+_ACTIVE += ("plaintext", "textarea", "xmp", "template", "noscript")  # they take in what stands behind them
+_OF_HEAD = ("style", "meta", "link")
 _LIVE = re.compile(
-    rf"<\s*(?:script|{'|'.join(_ACTIVE)})\b|<img[^>]+src=[\"']?(?!data:)|[\s/\"']on\w+\s*=|script\s*:|href=[\"']?\s*data:|data:text",
+    rf"<\s*(?:script|{'|'.join(_ACTIVE + _OF_HEAD)})\b|<img[^>]+src=[\"']?(?!data:)|[\s/\"']on\w+\s*="
+    r"|script\s*:|href=[\"']?\s*data:|data:text",
     re.I,
 )
 
@@ -204,7 +229,7 @@ def harmless(html: str) -> str:
     page = BeautifulSoup(html, "html.parser")
     for tag in page.find_all(True):
         foreign = tag.name == "img" and not str(tag.get("src", "")).startswith("data:")
-        if foreign or tag.name in ("script", *_ACTIVE) or any(_is_live(*pair) for pair in tag.attrs.items()):
+        if foreign or tag.name in ("script", *_ACTIVE, *_OF_HEAD) or any(_is_live(*pair) for pair in tag.attrs.items()):
             tag.replace_with(str(tag))  # shown as it was written
     return str(page)
 

@@ -7,19 +7,25 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from lib.errors import InputError, refusing
+from lib.language import TAGS, language, retold, translated
 from lib.report.display import Table, build, rows_of, value_at
 from lib.report.sentences import TEMPLATES, environment, sentence, word_rows
 from lib.runs import manifest
-from lib.runs.files import object_or_empty, write_text
+from lib.runs.files import data_file, object_or_empty, write_text
 from lib.runs.manifest import NOTEBOOK_OF, Entry
 from lib.runs.run import Run, open_run
 from lib.select.choice import outdated, read_analysis
+from lib.stages.compare.recommend import reworded
+from lib.stages.evaluate.results import ALL, LEAK_FREE, told_apart
 from lib.statistics.intervals import Interval
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 PAGES = len(set(NOTEBOOK_OF.values()))
 """Pages of a complete report."""
@@ -27,10 +33,6 @@ PAGES = len(set(NOTEBOOK_OF.values()))
 # What the manifest and the product folders say about a run.
 #
 # Later products may be missing and their files may lack keys: what is not there is left out, nothing is guessed.
-
-ALL, LEAK_FREE = "all", "leak_free"
-"""Subsets of the test rows."""
-
 
 Quality = tuple[Interval | float, int | None]
 """An accuracy (without labels: a perplexity of answers), with its interval where there is one, and its n rows."""
@@ -45,17 +47,19 @@ class Summary:
         stamps: what every page must say.
         qualities: accuracy (without labels: perplexity of the reference answers) on "all" and on "leak_free" test rows,
             by "linear floor", "base" and "fine-tuned".
+        written: what the evaluation measured of written answers, one dict a metric; empty where nothing was written.
         files: one dict a quantized file, with the keys of comparison.json, and "recommended".
-        recommendation, rule: the comparison's answer in words, and the rule behind it; empty when there is none.
+        recommendation: what the comparison recommends (`lib.stages.compare.recommend.recommend`); empty when there is
+            none.
     """
 
     name: str
     entries: dict[str, Entry]
     stamps: list[str]
     qualities: dict[str, dict[str, Quality]] = field(default_factory=dict)
+    written: list[dict[str, Any]] = field(default_factory=list)
     files: list[dict[str, Any]] = field(default_factory=list)
-    recommendation: str = ""
-    rule: str = ""
+    recommendation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def labelled(self) -> bool:
@@ -74,7 +78,7 @@ class Summary:
 
     @property
     def data(self) -> str:
-        return str(self.facts.get("source") or sentence("index.no_data"))
+        return retold(str(self.facts.get("source") or sentence("index.no_data")))
 
     @property
     def date(self) -> str:
@@ -113,14 +117,18 @@ def summarise(run: Run) -> Summary:
     entries = {product: e for product, e in run.manifest.entries().items() if (run.folder / product).is_dir()}
     comparison = object_or_empty(run.folder / "comparison" / "comparison.json") if "comparison" in entries else {}
     recommendation = comparison.get("recommendation", {})
+    if "headline" not in recommendation:  # of an older version, which the next report replaces
+        recommendation = {}
+    elif "conditions" in comparison:
+        recommendation = reworded(comparison)
     return Summary(
         name=run.name,
         entries=entries,
-        stamps=run.stamps(),
+        stamps=[*map(retold, run.stamps())],
         qualities=_qualities(run.folder, entries),
+        written=_written(run.folder) if "evaluation" in entries else [],
         files=[{**f, "recommended": f["type"] == recommendation.get("type")} for f in comparison.get("files", [])],
-        recommendation=recommendation.get("text", ""),
-        rule=recommendation.get("rule", ""),
+        recommendation=recommendation,
     )
 
 
@@ -134,6 +142,7 @@ def _qualities(folder: Path, entries: Mapping[str, Entry]) -> dict[str, dict[str
         return {
             name: {subset: (_value(part[key], "perplexity"), part["n"]) for subset, part in parts.items()}
             for name, key in (("base", "base"), ("fine-tuned", "finetuned"))
+            if all(key in part for part in parts.values())
         }
     rows = {ALL: metrics.get("n"), LEAK_FREE: value_at(evaluation, "models.base.leak_free.n")}
     found: dict[str, dict[str, Quality]] = {}
@@ -142,6 +151,15 @@ def _qualities(folder: Path, entries: Mapping[str, Entry]) -> dict[str, dict[str
             if f"accuracy_{key}{ending}" in metrics:
                 found.setdefault(name, {})[subset] = (_value(metrics, f"accuracy_{key}{ending}"), rows[subset])
     return found
+
+
+def _written(folder: Path) -> list[dict[str, Any]]:
+    """The metrics that say whether a written answer is the reference."""
+    answers = object_or_empty(folder / "evaluation" / "evaluation.json").get("answers", [])
+    return [entry for entry in answers if entry["key"] in _ALIKE]
+
+
+_ALIKE = ("exact_match", "answer_f1", "entity_f1", "chrf")
 
 
 def _value(values: Mapping[str, Any], key: str) -> Interval | float:
@@ -164,8 +182,12 @@ class Stage:
     exists: bool = False
 
 
-def read_stage(notebook: Path) -> Stage:
-    """Title and question from the notebook's first Markdown cell.
+UNTRAINED_CELL = "untrained"
+"""Metadata of a cell that speaks of a training: what stands in its place where nothing is trained; "" for nothing."""
+
+
+def read_notebook(notebook: Path, untrained: bool) -> NotebookNode:
+    """A notebook as a report executes it: for a run that trains nothing without the cells that speak of a training.
 
     Raises:
         InputError: the file is no notebook.
@@ -175,7 +197,29 @@ def read_stage(notebook: Path) -> Stage:
     kinds = (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, KeyError)
     with refusing(kinds, "report/damaged-notebook", notebook=notebook):
         content = nbformat.read(notebook, as_version=4)
+        for cell in content.cells if untrained else ():
+            cell.source = cell.metadata.get(UNTRAINED_CELL, cell.source)
+        content.cells = [cell for cell in content.cells if cell.source or not untrained]
+    return content
+
+
+def write_reduced(notebook: Path, path: Path) -> Path:
+    """Write a notebook without the cells that speak of a training."""
+    import nbformat
+
+    write_text(path, nbformat.writes(read_notebook(notebook, untrained=True)))
+    return path
+
+
+def read_stage(notebook: Path, untrained: bool = False) -> Stage:
+    """Title and question from the notebook's first Markdown cell.
+
+    Raises:
+        InputError: the file is no notebook.
+    """
+    content = read_notebook(notebook, untrained)
     first = next((c.source for c in content.cells if c.cell_type == "markdown"), "")
+    first = translated(first.strip(), f"notebooks/{notebook.stem}")
     title, question = (re.sub(r"[*`]", "", found[1]) if (found := p.search(first)) else "" for p in (_TITLE, _QUESTION))
     return Stage(notebook.stem, title or notebook.stem, question)
 
@@ -196,14 +240,16 @@ def parameter_pairs(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def versions_of(entries: Iterable[Entry]) -> list[tuple[str, str]]:
     """Versions of the libraries that made the last of these products; those of today where there is none."""
-    return list(next((entry.versions for entry in reversed(list(entries))), manifest.versions()).items())
+    found = next((entry.versions for entry in reversed(list(entries))), manifest.versions())
+    return [(name, retold(version)) for name, version in found.items()]
 
 
 # The overview of a run.
 
 
 def _qualities_table(summary: Summary) -> Table:
-    subsets = dict.fromkeys(subset for found in summary.qualities.values() for subset in found)
+    counts = [{subset: n for subset, (_, n) in found.items()} for found in summary.qualities.values()]
+    subsets = dict.fromkeys(subset for rows in counts for subset in told_apart(rows))
     headings = {}
     for subset in subsets:
         sizes = (found[subset][1] for found in summary.qualities.values() if subset in found and found[subset][1])
@@ -216,6 +262,30 @@ def _qualities_table(summary: Summary) -> Table:
     return build(rows, caption, dict.fromkeys(headings.values(), ".3f"))
 
 
+def _written_table(answers: Iterable[Mapping[str, Any]]) -> Table:
+    """How near the written answers are to the references."""
+    entries = list(answers)
+    models = dict.fromkeys(model for entry in entries for model in entry["models"])
+    rows = [
+        {
+            "metric": entry["name"],
+            **{m: Interval.from_json(v["estimate"], v["interval"]) for m, v in entry["models"].items()},
+        }
+        for entry in entries
+    ]
+    return build(rows, sentence("index.written", n=entries[0]["n"]), dict.fromkeys(models, ".2f"))
+
+
+def _picture(summary: Summary) -> str:
+    """Loss against size with the verdicts, as page 07 shows it."""
+    if not summary.recommendation or len(summary.files) < 2:
+        return ""
+    from lib.report.charts import size_loss
+
+    advice = summary.recommendation
+    return str(size_loss(summary.files, advice["type"], advice["margin"], advice["unit"]).data)
+
+
 def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: str = "") -> Path:
     """Write the overview of a run.
 
@@ -226,18 +296,24 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
     column, key = ("accuracy", "accuracy") if summary.labelled else ("answer_perplexity", "answer_ppl")
     given = summary.parameters(NOTEBOOK_OF["comparison"])
     margin = given.get("equivalence_margin" if summary.labelled else "perplexity_margin")
-    verdicts = {"margin": margin, "seed": given.get("seed"), "rule": summary.rule}
+    verdicts = {"margin": margin, "seed": given.get("seed"), "rule": summary.recommendation.get("rule", "")}
     files = rows_of("index.files", summary.files, column=column, key=key)
+    if not summary.labelled:
+        files = [{name: cell for name, cell in row.items() if name != "flips"} for row in files]
     n = summary.files[0].get("n") if summary.files else None
     caption = sentence("index.files", n=n, apart=[file for file in summary.files if file.get("n") != n])
-    cost = build(rows_of("index.cost", summary.entries.items()), sentence("index.cost"))
+    words = data_file("runs/products.yaml")["words"]
+    cost = build(rows_of("index.cost", summary.entries.items(), words=words), sentence("index.cost"))
     text = fill(
         "run.html.j2",
         run=summary,
         css=stylesheet(),
         stages=stages,
         state=state,
+        more=sentence("compare.more"),
+        picture=_picture(summary),
         qualities=_qualities_table(summary) if summary.qualities else None,
+        written=_written_table(summary.written) if summary.written else None,
         files=build(files, caption) if summary.files else None,
         reading=word_rows("index.reading", labelled=summary.labelled, **verdicts),
         cost=cost if summary.entries else None,
@@ -251,7 +327,7 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
 
 def fill(template: str, **values: Any) -> str:
     """HTML by a template of ``templates/pages``."""
-    return environment("pages", True).get_template(template).render(**values)
+    return environment("pages", True).get_template(template).render(lang=TAGS[language()], **values)
 
 
 # The choice among runs, for the index and the command line.

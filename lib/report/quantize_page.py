@@ -6,10 +6,10 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lib.report.display import Entry, Row, Shown, card, rows_of, table, tabled, tell
-from lib.report.sentences import sentence
+from lib.report.display import Entry, Row, Shown, absent, card, rows_of, table, tabled, tell
+from lib.report.sentences import in_markdown, sentence
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def imatrix_card(matrix: ImportanceMatrix | None) -> HTML | Markdown:
     """From which rows the matrix was made; a sentence where there is none."""
     if matrix is None:
-        return tell("quantize.no_matrix")
+        return absent("quantize.no_matrix")
     return card("quantize.imatrix_card", record=matrix.record)
 
 
@@ -33,7 +33,7 @@ def effect(found: Comparison | None) -> Shown:
     """The smallest types with and without the matrix, and what else it changed; why nothing was compared."""
     if found is None or not found.content["types"]:
         left_out = found.content["left_out"] if found else []
-        return tell("quantize.no_effect", left_out=left_out), tell("quantize.no_effect_reading")
+        return absent("quantize.no_effect", left_out=left_out), absent("quantize.no_effect_reading")
     types = [{**entry, "changes": _retyped(entry["retyped"])} for entry in found.content["types"]]
     return (
         tabled("quantize.effect", found.content["types"], content=found.content),
@@ -58,7 +58,7 @@ NEAR = 0.1
 def chosen_types(mix: PlannedFile | None) -> Shown:
     """The types of the mixed file, a row a kind of tensor, and what it is predicted to cost; a sentence without one."""
     if mix is None:
-        return (tell("quantize.no_budget"),)
+        return (absent("quantize.no_budget"),)
     name, record = mix.prediction["type"], mix.record
     caption = sentence("quantize.types_caption", name=name, positions=record["positions"], answers=record["answers"])
     return (
@@ -93,7 +93,7 @@ def _counted(types: Iterable[str]) -> str:
 def against_recipes(found: Comparison | None) -> Shown:
     """The mixed file beside every recipe on text, and what the budget bought; a sentence where nothing was compared."""
     if found is None:
-        return (tell("quantize.no_mixed"),)
+        return (absent("quantize.no_mixed"),)
     content, mixed, types = found.content, found.content["mixed"], found.content["types"]
     caption = sentence("quantize.against_caption", mixed=mixed, tokens=content["tokens"], rows=content["rows"])
     rows = rows_of("quantize.beside_recipes", types, mixed=mixed)
@@ -103,7 +103,7 @@ def against_recipes(found: Comparison | None) -> Shown:
 def against_recipes_at_answers(found: Comparison | None) -> Shown:
     """The same at answers, and whether the mixed file beats recipes of its size there."""
     if found is None:
-        return (tell("quantize.no_mixed_at_answers"),)
+        return (absent("quantize.no_mixed_at_answers"),)
     content = found.content
     at_answers = [{**entry, **entry["answers"]} for entry in content["types"]]
     counts = {"positions": content["answer_positions"], "rows": content["answer_rows"]}
@@ -172,32 +172,50 @@ def other_types(result: QuantizeResult) -> Shown:
     """Tensors stored in another type than the recipe wants, and those whose type the parameters set."""
     fell = [{"file": f.type, **entry} for f in result.files for entry in f.fallbacks]
     by_hand = [{"file": f.type, **entry} for f in result.files for entry in f.set_by_hand]
-    no_fallback = {"tensor": sentence("quantize.no_fallback"), "columns": None, "wanted": None, "type": None}
-    none_set = {"tensor": sentence("quantize.none_by_hand"), "recipe": None, "type": None}
+    if not fell and not by_hand:
+        return (absent("quantize.no_other_types"),)
     caption = sentence("quantize.fallbacks_caption", count=len(fell), shown=MOST_TENSORS)
     set_caption = sentence("quantize.by_hand_caption", count=len(by_hand), shown=MOST_TENSORS)
-    return (
-        table(fell[:MOST_TENSORS] or [{"file": "all", **no_fallback}], caption),
-        table(by_hand[:MOST_TENSORS] or [{"file": "all", **none_set}], set_caption),
-    )
+    found = ((fell, caption), (by_hand, set_caption))
+    return tuple(table(rows[:MOST_TENSORS], words) for rows, words in found if rows)
 
 
 # Export formats, and the end of the page.
 
 
 def exports(found: ExportsResult) -> Shown:
-    """Size, cost and self-check of each format (one row saying so where there is none), and why others are absent."""
+    """Size, cost and self-check of each format and why others are absent."""
+    if not found.made and not found.skipped:
+        return (absent("quantize.no_export"),)
     rows = rows_of("quantize.exports", found.made)
-    none = {"format": "none", "what": sentence("quantize.no_export")}
-    return table(rows or [none], sentence("quantize.exports")), tell("quantize.skipped", formats=found.skipped)
+    shown = (table(rows, sentence("quantize.exports")),) if rows else ()
+    return (*shown, tell("quantize.skipped", formats=found.skipped))
 
 
 def compared(files: Iterable[Entry], formats: Iterable[Mapping[str, str]]) -> str:
     """What stands in the tables of 07 beside GGUF files, and what is not there."""
-    return sentence("quantize.compared", files=files, skipped_formats=list(formats))
+    return in_markdown("quantize.compared", files=files, skipped_formats=list(formats))
 
 
 def learned(result: QuantizeResult, exported: ExportsResult) -> Markdown:
     """The conclusions of the page."""
-    at_once = result.product.entry.facts.get("at_once", 1)
-    return tell("quantize.learned", files=result.files, at_once=at_once, exported=exported)
+    names = {file.type: file for file in result.files}
+    told = next((names[name] for name in ("Q4_K_M", *names) if name in names and re.match(_NAMED, name)), None)
+    return tell("quantize.learned", files=result.files, inside=told and _inside(told), exported=exported)
+
+
+_NAMED = r"I?Q(\d)_"
+_PARTS = 2
+"""Tensor types of a file that the conclusions name."""
+
+
+def _inside(file: Entry) -> dict[str, Any]:
+    """What a recipe holds beside what its name says: bits a weight, and its tensor types by their bytes."""
+    total = sum(part["bytes"] for part in file.histogram)
+    parts = [
+        {"type": part["type"], "share": part["bytes"] / total, "bits": 8 * part["bytes"] / part["weights"]}
+        for part in sorted(file.histogram, key=lambda part: -part["bytes"])[:_PARTS]
+    ]
+    named = re.match(_NAMED, file.type)[1]
+    told = {"type": file.type, "bits": file.bits_per_weight, "named": named, "embedding": file.token_embedding_type}
+    return {**told, "parts": parts}

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import functools
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from lib import settings as lib_settings
-from lib.errors import InputError, Terminated, refusal, refusing, sigterm_raises
+from lib.errors import InputError, Terminated, closed_to_reading, refusal, refusing, sigterm_raises
+from lib.language import language, told, use
+from lib.progress import tell_rarely
 from lib.report import execute, html, index
 from lib.report.html import duration
 from lib.report.index import Stage, summarise
 from lib.report.sentences import sentence
+from lib.report.unchanged import RENDERED, library, record_of, remember_page, unchanged_page
 from lib.runs import files
-from lib.runs.manifest import NOTEBOOK_OF, versions
+from lib.runs.locks import locked
+from lib.runs.manifest import NOTEBOOK_OF
 from lib.runs.run import Run, open_run
-from lib.scoring.text_metrics import SHIPPED_TERMS, read_prompts, read_terms
-from lib.select.choice import BEST_OF
-from lib.settings import OFFLINE_BASE, SAMPLE_DATASET, Settings
-from lib.stages.compare.speed import FOLDER as PHONES
+from lib.scoring.word_lists import SHIPPED_PROMPTS, SHIPPED_TERMS, prompt_set, read_prompts, read_terms
+from lib.settings import OFFLINE_BASE, SAMPLES, UNTRAINED, Settings
+from lib.stages.finetune.stage import made_with
 
 # Around a report: alone in its folder, progress on the terminal.
 
@@ -37,10 +40,10 @@ DETAIL = "    "
 
 def to_stderr(line: str) -> None:
     """One line of progress; in a terminal the lines inside a notebook replace one another."""
-    if not sys.stderr.isatty():
-        print(line, file=sys.stderr, flush=True)
-        return
     detail = line.startswith(DETAIL)
+    if not sys.stderr.isatty():
+        tell_rarely(line) if detail else print(line, file=sys.stderr, flush=True)
+        return
     shown = line[: shutil.get_terminal_size().columns - 1] if detail else line
     sys.stderr.write(f"\r\033[K{shown}" + ("" if detail else "\n"))
     sys.stderr.flush()
@@ -56,17 +59,16 @@ TIMEOUT = 24 * 3600.0
 """Seconds a notebook may take unless the caller says otherwise."""
 
 PATHS: dict[str, Sequence[str]] = {
-    "dataset": (SAMPLE_DATASET,),
+    "dataset": tuple(SAMPLES),
     "base_model": (OFFLINE_BASE,),
     "adapter": (),
     "terms": SHIPPED_TERMS,
-    "prompts_file": (),
+    "prompts_file": SHIPPED_PROMPTS,
     "imatrix": ("none", "auto"),
 }
 """Keys whose value may be a path, and the words that are none, whatever files there are."""
 
-CHAIN = ("data", "adapter", "merged", "gguf", "quantized", "exports")
-"""Products that later notebooks build on."""
+CHAIN = ("data", "adapter", "merged", "gguf", "quantized", "exports")  # products that later notebooks build on
 
 Say = Callable[[str], None]
 
@@ -103,10 +105,13 @@ class Report:
 class _Session:
     """One call of `run_report`: what is fixed while it lasts (titles are read once, before anything runs)."""
 
-    def __init__(self, run: Run, notebooks: list[Path], last: Path, timeout: float, say: Say) -> None:
-        self.run, self.notebooks, self.last, self.timeout, self.say = run, notebooks, last, timeout, say
-        self.folder = files.reports_folder() / run.name
-        self.titles = [index.read_stage(notebook) for notebook in notebooks]
+    def __init__(self, settings: Settings, notebooks: list[Path], last: Path, timeout: float, say: Say) -> None:
+        self.run, self.untrained = open_run(settings.run_name), settings.finetuning_type == UNTRAINED
+        self.full = settings.detail == "full"
+        self.notebooks, self.last, self.timeout = notebooks, last, timeout
+        self.say, self.detail = say, lambda line: say(f"{DETAIL}{line}")
+        self.folder = files.reports_folder() / self.run.name
+        self.titles = [index.read_stage(notebook, self.untrained) for notebook in notebooks]
 
     def page(self, notebook: Path) -> Path:
         """Where the page of a notebook is published, its executed copy beside it."""
@@ -174,7 +179,7 @@ def ready(settings: Settings) -> Settings:
     matrix_file(settings)
     if settings.task != "classification":
         read_terms(settings.terms)
-        read_prompts(settings.prompts_file)
+        read_prompts(prompt_set(settings))
     found: dict[str, Any] = {key: absolute(key, getattr(settings, key)) for key in PATHS}
     found["fallbacks"] = [{key: absolute(key, value) for key, value in entry.items()} for entry in settings.fallbacks]
     return settings.model_copy(update=found)
@@ -197,7 +202,7 @@ def _refuse_other_settings(run: Run, settings: Settings, first: str) -> None:
             continue
         now, made = settings.model_dump(), entry.parameters
         if product == "adapter":
-            now["seed"], made = settings.training_seed, {"adapter": "", **made}
+            now["seed"], made = settings.training_seed, made_with(made)
         hashed = ("fallbacks", "imatrix")
         if other := [key for key in made if key in now and key not in hashed and made[key] != now[key]]:
             keys, made_by = ", ".join(other), NOTEBOOK_OF[product]
@@ -254,20 +259,20 @@ def run_report(
         KeyboardInterrupt, Terminated: interrupted; the running notebook and all its children were ended.
     """
     settings = ready(lib_settings.load(params_file, overrides))
+    use(settings.language)
     found = find_notebooks(notebooks or files.PROJECT / "notebooks")
     first, last = _position(found, "--from", start_from, 0), _position(found, "--to", end_at, len(found) - 1)
     if last < first:
         raise InputError(f"--from {start_from} --to {end_at}.", "the first before the last.", "exchange them.")
     if any(notebook.stem.startswith("06") for notebook in found[first : last + 1]):
         refuse_quantized(settings)
-    session = _Session(open_run(settings.run_name), found, found[last], timeout, say)
+    session = _Session(settings, found, found[last], timeout, say)
     _refuse_other_settings(session.run, settings, found[first].stem if first else "")
-    values = settings.model_dump()
-    parameters = {n: declared(n, values) for n in found[first : last + 1]}
+    parameters = {n: declared(n, settings.model_dump()) for n in found[first : last + 1]}
     files.require_space(files.writable(session.folder), 64 << 20, "the report")
     started = time.monotonic()
     found_busy = f"another process makes the report {settings.run_name!r}."
-    alone = files.locked(session.folder / ".lock", found_busy, "one at a time.", "wait for it, or set run_name.")
+    alone = locked(session.folder / ".lock", found_busy, "one at a time.", "wait for it, or set run_name.")
     with alone, sigterm_raises():
         for left in session.folder.glob(".work-*"):  # of a killed report
             shutil.rmtree(left, ignore_errors=True)
@@ -277,6 +282,8 @@ def run_report(
         if doomed := [n for n in found[first + len(kept) :] if session.page(n).exists() or n in to_make]:
             _remove_pages(session, doomed)
         for notebook in to_make:
+            if notebook.stem == NOTEBOOK_OF["adapter"]:
+                _say_expected(session, settings, to_make[-1])
             _stage(session, notebook, parameters[notebook])
         _render_again(session)
         overview = session.write_indexes()
@@ -307,6 +314,31 @@ def _refuse_unconvertible(run: Run, name: str) -> None:
         raise ReportError(name, execute.Failure(str(error), 2)) from None
 
 
+def _say_expected(session: _Session, settings: Settings, last: Path) -> None:
+    """Roughly what the rest takes: 01 knows the rows, and this machine is measured for a second or two.
+
+    A model or data that cannot be read is left to the notebook that will read it.
+    """
+    from lib.models.base_model import base_of
+    from lib.models.configurations import shapes_of
+    from lib.pipeline import resources
+    from lib.stages.data.stage import DataResult
+
+    data = session.run.manifest.entries().get("data")
+    if data is None:
+        return
+    try:
+        model = OFFLINE_BASE if data.facts["offline_base"] else str(base_of(session.run).path)
+        shapes = shapes_of(resources.configuration(model)[0])
+        lengths = DataResult.read(session.run.require("data")).lengths.values()
+    except (InputError, KeyError, OSError):
+        return
+    tokens = mean(min(length, settings.max_seq_length) for of_split in lengths for length in of_split)
+    takes = resources.expected(settings, shapes, data.facts["rows"], download=False, patience=1.0, tokens=tokens)
+    disk = sum(takes.disk.values()) / 1e9
+    session.say(sentence("index.expected", last=last.stem, time=takes.time, disk=disk))
+
+
 def _stage(session: _Session, notebook: Path, parameters: dict[str, Any]) -> None:
     """Execute and publish one notebook; what there is of a failed one is moved to partial/."""
     name, page = notebook.stem, session.page(notebook)
@@ -317,14 +349,13 @@ def _stage(session: _Session, notebook: Path, parameters: dict[str, Any]) -> Non
         try:
             if name == NOTEBOOK_OF["adapter"] and session.last.stem >= NOTEBOOK_OF["gguf"]:
                 _refuse_unconvertible(session.run, name)
-            ended = execute.execute(
-                notebook, executed, parameters, work, session.timeout, lambda line: session.say(f"{DETAIL}{line}")
-            )
+            source = index.write_reduced(notebook, work / "source.ipynb") if session.untrained else notebook
+            ended = execute.execute(source, executed, parameters, work, session.timeout, session.detail)
             if failure := execute.judge(executed, ended, session.timeout) or _without_product(session, name):
-                raise ReportError(name, _full_disk(failure, work) or failure)
+                raise ReportError(name, _refused(failure, work) or failure)
             # Rendered and checked before anything of it is put into the report.
             stages = [replace(s, exists=s.exists or s.name == name) for s in session.stages()]
-            text = html.render(executed, summarise(session.run), stages)
+            text = html.render(executed, summarise(session.run), stages, session.full)
             draft.write_text(text, encoding="utf-8")
             if problems := html.problems_in(text):
                 raise ReportError(name, execute.Failure(f"its page contains {', '.join(problems)}.", 1))
@@ -340,17 +371,20 @@ def _stage(session: _Session, notebook: Path, parameters: dict[str, Any]) -> Non
                 if isinstance(error, ReportError):
                     why, error.evidence = error.failure.sentence, next(iter(kept), None)
                 interrupted = isinstance(error, (KeyboardInterrupt, Terminated))
-                session.write_indexes(sentence("index.stopped", stage=name, why=why, interrupted=interrupted))
+                session.write_indexes(sentence("index.stopped", stage=name, why=told(why), interrupted=interrupted))
                 _render_again(session)
             raise
     remember_page(page, notebook, parameters, session.run)
     session.say(f"{session.head(notebook)}: done in {duration(ended.seconds)}")
 
 
-def _full_disk(failure: execute.Failure, folder: Path) -> execute.Failure | None:
-    """A notebook that failed because the disk is full, also where its log could not say so."""
-    words = f"{failure.sentence} {failure.detail}" if files.free_space(folder) > 1 << 20 else files.NO_SPACE[0]
-    refused = files.disk_error(words, folder.parent) if failure.exit_code == execute.RAISED else None
+def _refused(failure: execute.Failure, folder: Path) -> execute.Failure | None:
+    """A notebook that failed because the disk is full, also where its log could not say so; or an input is closed."""
+    if failure.exit_code != execute.RAISED:
+        return None
+    said = f"{failure.sentence} {failure.detail}"
+    words = said if files.free_space(folder) > 1 << 20 else files.NO_SPACE[0]
+    refused = files.disk_error(words, folder.parent) or closed_to_reading(said)
     return execute.Failure(str(refused), 2) if refused else None
 
 
@@ -365,85 +399,13 @@ def _without_product(session: _Session, stage: str) -> execute.Failure | None:
 def _render_again(session: _Session) -> None:
     """Give every page the links and stamps that are known only now; nothing is executed."""
     summary, stages = summarise(session.run), session.stages()
-    state = {"library": _library(), "run": files.sha256_json([repr(summary), repr(stages)])}
+    state = {"library": library(), "run": files.sha256_json([repr(summary), repr(stages), session.full, language()])}
     if files.object_or_empty(session.folder / RENDERED) == state:
         return
     for stage in stages:
         executed = session.folder / f"{stage.name}.ipynb"
         if stage.exists and executed.is_file():
-            files.write_text(session.folder / f"{stage.name}.html", html.render(executed, summary, stages))
+            files.write_text(
+                session.folder / f"{stage.name}.html", html.render(executed, summary, stages, session.full)
+            )
     files.write_json(session.folder / RENDERED, state)
-
-
-# Whether a page still shows what its notebook would: then a report answers without starting a kernel for it.
-#
-# Beside a page lies a record of everything that it depends on. It is written last, so a page without one is made again.
-
-RENDERED = ".rendered.json"
-"""Beside the pages: what their links and stamps were made from."""
-
-
-def record_of(page: Path) -> Path:
-    """The file beside a page that says what it was made from."""
-    return page.with_name(f".{page.stem}.json")
-
-
-def page_state(page: Path, notebook: Path, parameters: dict[str, Any], run: Run) -> dict[str, Any]:
-    """What a page depends on: its notebook, parameters, the library, packages, products up to its own, local files.
-
-    Files are known by size and time of their last change: reading a model of gigabytes would take longer than the rest.
-    """
-    products = {
-        name: entry.digest for name, entry in run.manifest.entries().items() if NOTEBOOK_OF[name][:2] <= page.stem[:2]
-    }
-    paths = [run.folder / name for name in products] + [run.folder / PHONES, *_local_files(parameters)]
-    return {
-        "notebook": files.sha256_file(notebook),
-        "parameters": files.sha256_json(parameters),
-        "library": _library(),
-        "packages": versions(),
-        "products": products,
-        "files": files.sha256_json([list(_times(path)) for path in paths]),
-        "executed": files.sha256_file(page.with_suffix(".ipynb")),
-    }
-
-
-def unchanged_page(page: Path, notebook: Path, parameters: dict[str, Any], run: Run) -> bool:
-    """Whether the page is there and nothing that it depends on has changed since it was made."""
-    there = all(path.is_file() for path in (page, page.with_suffix(".ipynb")))
-    if parameters.get("force") or not there:
-        return False
-    return files.object_or_empty(record_of(page)) == page_state(page, notebook, parameters, run)
-
-
-def remember_page(page: Path, notebook: Path, parameters: dict[str, Any], run: Run) -> None:
-    """Write the record of a page that has just been made."""
-    files.write_json(record_of(page), page_state(page, notebook, parameters, run))
-
-
-@functools.cache
-def _library() -> str:
-    """Hash of the sources of lib: code, templates, data."""
-    paths = sorted(
-        path for path in (files.PROJECT / "lib").rglob("*") if path.is_file() and "__pycache__" not in path.parts
-    )
-    return files.sha256_json({path.relative_to(files.PROJECT).as_posix(): files.sha256_file(path) for path in paths})
-
-
-def _local_files(parameters: dict[str, Any]) -> Iterator[Path]:
-    """Files and folders of the user's that parameters name; of runs to choose from their manifests."""
-    fallbacks = [value for entry in parameters.get("fallbacks", ()) for value in entry.values()]
-    for text in filter(lambda value: isinstance(value, str) and value, [*parameters.values(), *fallbacks]):
-        if text.startswith(BEST_OF):
-            names = text.removeprefix(BEST_OF).split(",")
-            yield from (files.runs_folder() / name.strip() / "manifest.json" for name in names)
-        elif len(text) < 4096 and "\n" not in text and (path := files.user_path(text)).exists():
-            yield path
-
-
-def _times(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, bytes and time of the last change of a file, or of every file in a folder."""
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            found = file.stat()
-            yield file.name, found.st_size, found.st_mtime_ns

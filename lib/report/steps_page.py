@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.report.charts import BLUE, GREEN, GREY, ORANGE, panels
-from lib.report.display import Entry, Row, Shown, figure, rows_of, table, tabled, tell
+from lib.language import retold
+from lib.report.display import Entry, Row, Shown, absent, figure, rows_of, table, tabled, tell
+from lib.report.looks import BLUE, GREEN, GREY, ORANGE, panels, word
 from lib.report.sentences import sentence
 from lib.scoring.metric import metric_in
 
@@ -35,7 +36,7 @@ def shown(steps: Steps, note: str) -> Shown:
         note: why the adapter, its first step, is left out.
     """
     if not steps:
-        return (tell("compare.no_ladder"),)
+        return (absent("compare.no_ladder"),)
     metric, first = metric_in(steps).name, steps[0]
     caption = sentence("compare.steps", metric=metric, tokens=first.get("tokens"), margin=first.get("margin_percent"))
     return ladder(steps), table(rows_of(f"compare.steps_{metric}", steps), caption), steps_reading(steps, note)
@@ -45,7 +46,7 @@ def ladder(steps: Steps) -> HTML:
     """How far every step is from the one before and from the first, and what that means for the quality."""
     metric = metric_in(steps).name
     change, paired = _CHANGE[metric], metric == "answer_loss"
-    fig, (left, right) = panels(9.5, 1.2 + 0.5 * len(steps), columns=2)
+    fig, (upper, lower) = panels(height=1.8 + 0.6 * len(steps), rows=2)
     places = np.arange(len(steps))[::-1]
     for key, shift, colour, shape, words in (
         ("before", 0.12, BLUE, "o", "from the step before"),
@@ -53,23 +54,24 @@ def ladder(steps: Steps) -> HTML:
     ):
         against = [(place + shift, step[key]) for place, step in zip(places, steps, strict=True) if step[key]]
         style = {"fmt": shape, "color": colour, "label": words}
-        _bars(left, against, change, **style)
+        _bars(upper, against, change, **style)
         if paired:
-            _bars(right, against, "loss_difference", **style)
+            _bars(lower, against, "loss_difference", **style)
     if paired:
-        right.axvline(0, color=GREY, linewidth=0.8)
+        lower.axvline(0, color=GREY, linewidth=0.8)
     else:
-        _bars(right, list(zip(places, steps, strict=True)), "accuracy", fmt="o", color=GREY)
+        _bars(lower, list(zip(places, steps, strict=True)), "accuracy", fmt="o", color=GREY)
     axis = sentence("compare.change_axis", metric=metric)
-    left.set_xscale("symlog", linthresh=1e-6)
-    left.set_xlim(left=0)
-    left.set_yticks(places, [step["name"] for step in steps])
-    left.set(xlabel=axis, ylim=(-0.5, len(steps) - 0.5))
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=2, fontsize=8)
-    right.set_yticks(places, [])
-    right.set(xlabel=sentence("compare.effect_axis", metric=metric), ylim=left.get_ylim())
+    upper.set_xscale("symlog", linthresh=1e-6)
+    upper.set_xlim(left=0)
+    upper.set_yticks(places, [word(step["name"]) for step in steps])
+    upper.set(xlabel=axis, ylim=(-0.5, len(steps) - 0.5))
+    upper.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=2, fontsize=8)
+    lower.set_yticks(places, [word(step["name"]) for step in steps])
+    lower.set(xlabel=sentence("compare.effect_axis", metric=metric), ylim=upper.get_ylim())
     alt = sentence("compare.ladder_alt", steps=steps[1:], axis=axis, key=change)
-    return figure(fig, sentence("compare.ladder", n=steps[0]["n"], metric=metric), alt)
+    adapter = steps[0]["name"].startswith("adapter")
+    return figure(fig, sentence("compare.ladder", n=steps[0]["n"], metric=metric, adapter=adapter), alt)
 
 
 def _bars(ax: Axes, shown: Sequence[tuple[float, Mapping[str, Any]]], key: str, **style: Any) -> None:
@@ -87,12 +89,12 @@ def steps_reading(steps: Steps, note: str = "") -> Markdown:
     place = max(range(1, len(steps)), key=lambda i: steps[i]["before"][_CHANGE[name]])
     return tell(
         f"compare.steps_reading_{name}",
-        which=f"{steps[place - 1]['name']} → {steps[place]['name']}",
+        which=f"{retold(steps[place - 1]['name'])} → {retold(steps[place]['name'])}",
         costly=steps[place]["before"],
         total=steps[-1]["first"],
         first=steps[0],
         exp=math.exp,
-        note=note,
+        note=retold(note),
     )
 
 
@@ -101,7 +103,8 @@ def steps_reading(steps: Steps, note: str = "") -> Markdown:
 
 def shown_phones(results: Sequence[Entry], left_out: Sequence[str], comparison: Any, run: str) -> Shown:
     """Speed and agreement of each phone, and what the table shows, or how to get one (of a ComparisonResult)."""
-    words = tell("compare.phones_reading", run=run, results=results, left_out=left_out)
+    say = tell if results or left_out else absent
+    words = say("compare.phones_reading", run=run, results=results, left_out=left_out)
     if not results:
         return (words,)
     lines = phones(results, comparison.files, comparison.conditions["processor"])
@@ -175,7 +178,7 @@ def _on_held_out(kind: str, predicted: Mapping[str, float], effect: Any, n: str,
 def forecast_table(forecast: Forecast) -> HTML | Markdown:
     """The table; a sentence where nothing was predicted."""
     if not forecast.points:
-        return tell("compare.no_forecast")
+        return absent("compare.no_forecast")
     return tabled("compare.forecast", forecast.points, **forecast.counted)
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib.language import sentences
 from lib.models.gguf_file import run_gguf
-from lib.report.charts import use_style
-from lib.report.display import Entry, Row, Shown, card, figure, mark_names, rows_of, table, tell
-from lib.report.sentences import sentence, word_rows
+from lib.report.display import Entry, Row, Shown, absent, card, figure, mark_names, rows_of, table, tell
+from lib.report.looks import GREY, ORANGE, panels, use_style
+from lib.report.sentences import in_markdown, sentence, word_rows
 from lib.statistics.intervals import Interval
 from lib.statistics.losses import KEEPS_LITTLE
 
 if TYPE_CHECKING:
-    from IPython.display import HTML
+    from IPython.display import HTML, Markdown
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
     from lib.runs.run import Run
     from lib.stages.convert.gate import GateReport
@@ -39,18 +43,98 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "mixed": 4}
 # Page 04: the merge and its proof, and what rounding costs.
 
 
+def proved(result: MergeResult) -> str:
+    """What was recomputed and found right, and how much of the adapter's change rounding leaves, where there is one."""
+    if not result.trained:
+        return in_markdown("merge.passed_on", found=result.proof)
+    return sentences((proof(result.proof), survival(result.proof)))
+
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.(.+?)(?:\.weight)?$")
+
+
+def rounding_map(found: MergeProof) -> HTML | Markdown:
+    """The error of rounding beside the adapter's change, of every tensor that is a sum."""
+    if not found.rounding:
+        return absent("merge.no_rounding")
+    rows = []
+    for name, value in found.rounding.items():
+        match = _LAYER.search(name)
+        kind = match[2] if match else name.removesuffix(".weight")
+        rows.append({"layer": int(match[1]) if match else None, "kind": kind, "error / change": value})
+    kinds, layers = _kinds(rows), _layers(rows)
+    fig, ax = panels(min(7.0, 2.6 + 0.28 * layers), 1.0 + 0.24 * len(kinds))
+    image = _map_by_layer(ax, rows, "error / change", kinds, layers, vmin=0)
+    ax.set_xlabel("layer")
+    fig.colorbar(image, ax=ax, label="error / change")
+    worst = max(found.rounding, key=found.rounding.__getitem__)
+    told = {"tensors": len(rows), "dtype": found.dtype, "worst": worst, "most": found.rounding[worst]}
+    return figure(fig, sentence("merge.rounding_map", **told), sentence("merge.rounding_map_alt", **told))
+
+
+def _kinds(rows: Sequence[Row]) -> list[str]:
+    """Kinds of tensors, those of the layers first."""
+    inside = {row["kind"] for row in rows if row["layer"] is not None}
+    return [*sorted(inside), *dict.fromkeys(row["kind"] for row in rows if row["layer"] is None)]
+
+
+def _layers(rows: Sequence[Row]) -> int:
+    return 1 + max((row["layer"] for row in rows if row["layer"] is not None), default=0)
+
+
+def _map_by_layer(
+    ax: Axes, rows: Sequence[Row], key: str, kinds: Sequence[str], layers: int, **colours: Any
+) -> AxesImage:
+    """A value of every tensor: a row a kind, a column a layer, behind them those outside of the layers.
+
+    Args:
+        rows: mappings with kind, layer (None outside of the layers) and `key`. colours: of imshow.
+    """
+    import pandas as pd
+
+    outside = any(row["layer"] is None for row in rows)
+    table = pd.DataFrame(rows, columns=["kind", "layer", key]).fillna({"layer": layers})
+    grid = table.pivot(index="kind", columns="layer", values=key)
+    image = ax.imshow(
+        grid.reindex(index=kinds, columns=range(layers + outside)), cmap="cividis", aspect="auto", **colours
+    )
+    places = list(range(0, layers, max(1, layers // 4)))
+    ax.set_yticks(range(len(kinds)), kinds, fontsize=7)
+    ax.set_xticks([*places, *[layers] * outside], [*map(str, places), *["–"] * outside], fontsize=7)
+    ax.grid(visible=False)
+    return image
+
+
+def agreement_strip(report: GateReport) -> HTML | Markdown:
+    """KL divergence between merged model and GGUF at every position that was compared, beside the gate's limit."""
+    values = np.asarray(report.divergences)
+    if not len(values):
+        return absent("convert.no_divergences")
+    fig, ax = panels(height=2.2)
+    least = max(values[values > 0].min() if (values > 0).any() else report.limit_kld * 1e-6, 1e-12)
+    ax.plot(np.arange(1, len(values) + 1), np.maximum(values, least), ".", markersize=3)
+    ax.axhline(report.limit_kld, color=ORANGE, linestyle="--", linewidth=1, label="limit of the mean")
+    ax.axhline(max(report.mean_kld, least), color=GREY, linewidth=1, label="mean")
+    ax.set(yscale="log", xlabel="position", ylabel="KL divergence, nats")
+    ax.legend(fontsize=8)
+    told = {"positions": len(values), "mean": report.mean_kld, "largest": report.max_kld, "limit": report.limit_kld}
+    return figure(fig, sentence("convert.strip", **told), sentence("convert.strip_alt", **told))
+
+
 def proof(found: MergeProof) -> str:
     """What was recomputed and found right."""
-    return sentence("merge.proof", found=found)
+    return in_markdown("merge.proof", found=found)
 
 
 def survival(found: MergeProof) -> str:
     """How much of the adapter's change rounding leaves in the weights."""
-    return sentence("merge.survival", found=found)
+    return in_markdown("merge.survival", found=found)
 
 
-def costs(check: MergeCheck) -> list[Row]:
-    """What each number format costs, beside the adapter's effect."""
+def costs(check: MergeCheck, trained: bool = True) -> list[Row]:
+    """What each number format costs, beside the adapter's effect where there is one."""
+    if not trained:
+        return rows_of("merge.base_costs", check.costs)
     effect = {
         "number_format": sentence("merge.base_alone"),
         "kld": check.effect_kld,
@@ -60,14 +144,16 @@ def costs(check: MergeCheck) -> list[Row]:
     return [*rows_of("merge.costs", check.costs, check=check), effect]
 
 
-def merge_reading(check: MergeCheck) -> str:
+def merge_reading(check: MergeCheck, trained: bool = True) -> str:
     """What rounding costs, what would be refused, and whether another format would be far better."""
+    if not trained:
+        return in_markdown("merge.base_reading", check=check)
     others = [cost for cost in check.costs if not cost.written and _BYTES[cost.dtype] <= _BYTES[check.dtype]]
     best: FormatCost | None = min(others, key=lambda cost: cost.mean_kld, default=None)
     if best is None:
-        return sentence("merge.reading", check=check, best=None, same_bytes=False, ratio=None, far=False)
+        return in_markdown("merge.reading", check=check, best=None, same_bytes=False, ratio=None, far=False)
     small, large = sorted((best.mean_kld, check.mean_kld))
-    return sentence(
+    return in_markdown(
         "merge.reading",
         check=check,
         best=best,
@@ -81,7 +167,7 @@ def nf4_reading(result: MergeResult) -> str:
     """Which merge is closer to the trained model, and which one was published."""
     found = result.nf4
     values = {"difference": Interval(*found.difference), "closer": found.closer, "merge_base": result.merge_base}
-    return sentence("merge.nf4_reading", **values)
+    return in_markdown("merge.nf4_reading", **values)
 
 
 def merge_card(result: MergeResult) -> HTML:
@@ -128,13 +214,14 @@ def mark(found: SourceGrid, plan: Sequence[Entry] = ()) -> None:
     mark_names(found.marked([(p["type"], p["histogram"]) for p in plan]), MARK)
 
 
-def grid(found: SourceGrid) -> Shown:
+def grid(found: SourceGrid, trained: bool = True) -> Shown:
     """Share of blocks that each type gives back, and whether the base's weights lie on its grid; why nobody knows."""
     if found.product is None:
         return (tell("quantize.not_measured", reason=found.reason),)
     shares = sorted(found.shares.items(), key=lambda pair: -pair[1])
     rows = [{"tensor_type": kind, "given_back": share} for kind, share in shares]
-    shown = table(rows, sentence("quantize.grid_caption", blocks=found.blocks, matrices=found.matrices))
+    tried = {"blocks": found.blocks, "matrices": found.matrices, "trained": trained}
+    shown = table(rows, sentence("quantize.grid_caption", **tried))
     if notes := found.product.entry.notes:
         return shown, tell("quantize.grid_found", note=notes[0])
     if found.distinct is None:
@@ -169,35 +256,28 @@ def _kept(found: Retention, file: str, kind: str | None) -> str | None:
 
 def kinds_of(measured: TensorErrors | Retention) -> list[str]:
     """Kinds of tensors in all files, those of the layers first."""
-    rows = [row for found in measured.files.values() for row in found]
-    inside = {row["kind"] for row in rows if row["layer"] is not None}
-    return [*sorted(inside), *dict.fromkeys(row["kind"] for row in rows if row["layer"] is None)]
+    return _kinds([row for found in measured.files.values() for row in found])
 
 
-def error_map(errors: TensorErrors) -> HTML:
+def error_map(errors: TensorErrors) -> HTML | Markdown:
     """Relative RMSE of every tensor: one panel a file, a row a kind, a column a layer."""
     import matplotlib.pyplot as plt
-    import pandas as pd
     from matplotlib.colors import LogNorm
 
     use_style()
-    kinds, rows = kinds_of(errors), [row for found in errors.files.values() for row in found]
+    rows = [row for found in errors.files.values() for row in found]
     values = [row["relative_rmse"] for row in rows if row["relative_rmse"] > 0]
-    layers = 1 + max((row["layer"] for row in rows if row["layer"] is not None), default=0)
+    if not values:
+        return tell("quantize.no_errors")
+    kinds, layers = _kinds(rows), _layers(rows)
     across = max(1, min(len(errors.files), 24 // (layers + 4) + 1))
     down = -(-len(errors.files) // across)
     size = (7.4, down * (0.7 + 0.17 * len(kinds)))
     fig, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False, sharey=True)
-    scale, places = LogNorm(min(values), max(values)), list(range(0, layers, max(1, layers // 4)))
+    scale = LogNorm(min(values), max(values))
     for ax, (name, found) in zip(axes.flat, errors.files.items(), strict=False):
-        table = pd.DataFrame(found, columns=["kind", "layer", "relative_rmse"]).fillna({"layer": layers})
-        grid = table.pivot(index="kind", columns="layer", values="relative_rmse")
-        grid = grid.reindex(index=kinds, columns=range(layers + 1))  # the last column: outside of the layers
-        image = ax.imshow(grid, norm=scale, cmap="cividis", aspect="auto")
+        image = _map_by_layer(ax, found, "relative_rmse", kinds, layers, norm=scale)
         ax.set_title(name, fontsize=9)
-        ax.set_yticks(range(len(kinds)), kinds, fontsize=7)
-        ax.set_xticks([*places, layers], [*map(str, places), "–"], fontsize=7)
-        ax.grid(visible=False)
     for ax in axes.flat[len(errors.files) :]:
         ax.set_axis_off()
     fig.supxlabel("layer (–: outside of the layers)", fontsize=9)
@@ -281,7 +361,7 @@ def block(
             "sub_block": f"{32 * i}–{32 * i + 31}",
             "sub_scale": int(scales[i]),
             "sub_minimum": int(minimums[i]),
-            "step": float(steps[i]),
+            "step_size": float(steps[i]),
             "offset": float(offsets[i]),
             "codes": " ".join(map(str, codes[i, :6])),
             "weights_before": " ".join(f"{w:+.4f}" for w in original[i, :2]),

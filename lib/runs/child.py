@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import importlib
 import json
+import logging
+import math
 import os
 import re
 import signal
@@ -67,12 +69,15 @@ def run_child(
         folder = Path(name)
         request = {"function": function, "argument": argument, "parent": os.getpid()}
         (folder / "request.json").write_text(json.dumps(request, default=_plain), encoding="utf-8")
+        log = logging.getLogger(__name__)
+        log.debug("%s: %s in a process of its own", what, function)
         code = _start_and_wait(folder, what, timeout, stop, heard)
+        log.debug("%s: ended with %s", what, code)
         result = folder / "result.json"
         if result.exists():
             return value_of(json.loads(result.read_text(encoding="utf-8")), what)
-        log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:].strip()
-    raise death(code, what, log)
+        words = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:].strip()
+    raise death(code, what, words)
 
 
 def _plain(value: Any) -> Any:
@@ -151,11 +156,13 @@ def _last_line(path: Path) -> str:
 
 def death(code: int, what: str, log: str) -> InputError:
     """The error for a child that ended without an answer."""
+    if code == -signal.SIGXCPU:
+        return refusal("runs/too-much-computing", what=what)
     how = f"ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     last = [line for line in lines if _REASON.search(line)] or lines[-3:]
     said = f" Its last words: {' | '.join(last)}" if last else ""
-    return refusal("runs/killed" if code == -signal.SIGKILL else "runs/died", what=what, how=how, said=said)
+    return refusal("runs/killed" if code == -9 else "runs/died", what=what, how=how, said=said)
 
 
 _PR_SET_PDEATHSIG = 1
@@ -180,6 +187,15 @@ def die_with_parent(parent: int, end: Callable[[int], Any] | None = None) -> Non
     threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
 
 
+def limit_computing(seconds: float) -> None:
+    """End this process (SIGXCPU) when it has computed so many seconds more, however long it waits for a processor."""
+    import resource
+
+    so_far = resource.getrusage(resource.RUSAGE_SELF)
+    end = math.ceil(so_far.ru_utime + so_far.ru_stime + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (end, end + 5))  # at the second it is killed, whatever it does by then
+
+
 def peak_memory_mib() -> float:
     """Largest resident memory of this process, MiB.
 
@@ -189,6 +205,10 @@ def peak_memory_mib() -> float:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return round(int(line.split()[1]) / 1024, 1)
+    if os.name == "nt":
+        import psutil
+
+        return round(psutil.Process().memory_info().peak_wset / 2**20, 1)
     import resource
 
     unit = 2**20 if sys.platform == "darwin" else 2**10
@@ -225,6 +245,11 @@ def run_jobs(
                     done(future.result())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def own_folder() -> Path:
+    """Where a child's request lies and its answer goes: a confined child must be able to write there."""
+    return Path(sys.argv[1])
 
 
 def _main(folder: Path) -> None:

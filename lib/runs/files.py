@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
-import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from lib.errors import InputError, refusal, refusing
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
+from lib.runs.locks import folder_alone
 
 HOME_VARIABLE = "WORKBOOK_HOME"
 """Environment variable: the folder that holds runs/ and reports/ (default: the project's root)."""
@@ -31,7 +31,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 def home() -> Path:
     """The folder that holds runs/ and reports/; never the current directory."""
-    return Path(os.environ.get(HOME_VARIABLE) or PROJECT).expanduser().resolve()
+    return _resolved(os.environ.get(HOME_VARIABLE) or str(PROJECT))
 
 
 def runs_folder() -> Path:
@@ -46,23 +46,34 @@ def reports_folder() -> Path:
 
 def user_path(text: str) -> Path:
     """A path the user wrote: absolute, or found from the current directory, or from the project's root."""
-    with refusing(RuntimeError, "runs/no-path", text=text):  # ~somebody, of whom this machine has not heard
-        path = Path(text).expanduser()
-    refuse_device(path)
-    if path.is_absolute() or path.exists():
-        return path.resolve()
-    return (PROJECT / path).resolve()
+    path = _resolved(text)
+    return path if path.exists() else _resolved(text, PROJECT)
+
+
+def _resolved(text: str, folder: Path = Path()) -> Path:
+    """The absolute path of what was written, from the current directory or another folder.
+
+    Raises:
+        InputError: ~somebody, of whom this machine has not heard, links in a circle, a NUL, or longer than any name.
+    """
+    with refusing((RuntimeError, ValueError, OSError), "runs/no-path", text=repr(str(text)[:200])):
+        refuse_device(text)
+        path = (folder / Path(text).expanduser()).resolve()
+        path.exists()
+        return path
 
 
 def refuse_device(text: str | Path) -> None:
     """Refuse a path to what may have no end, or wait for ever, and would be replaced by an output.
 
     Raises:
-        InputError: a device, a socket or a pipe.
+        InputError: a device, a socket or a pipe; links in a circle.
     """
     try:
         mode = Path(text).expanduser().stat().st_mode
-    except (OSError, ValueError, RuntimeError):  # nothing there, or a text that is no path
+    except (OSError, ValueError, RuntimeError) as error:  # nothing there, or a text that is no path
+        if getattr(error, "errno", None) == errno.ELOOP:
+            raise refusal("runs/no-path", text=text) from None
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise refusal("runs/device", text=text)
@@ -103,7 +114,12 @@ def flush_to_disk(path: Path) -> None:
     """fsync a file or a folder, so that a rename after it survives a power cut."""
     if os.environ.get(FSYNC_VARIABLE) == "0":
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt":  # flushes files that are open for writing, and no folders
+        if path.is_dir():
+            return
+        descriptor = os.open(path, os.O_RDWR)
+    else:
+        descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -114,8 +130,20 @@ def write_at(descriptor: int, data: Any, offset: int) -> None:
     """Write all of a buffer (bytes, or an array of bytes) at `offset` of an open file; threads may share the file."""
     view = memoryview(data)
     while len(view):
-        written = os.pwrite(descriptor, view, offset)
+        written = _write_some(descriptor, view, offset)
         view, offset = view[written:], offset + written
+
+
+_PLACE = threading.Lock()
+"""Held by the one thread that moves the place of a file, where there is no pwrite (Windows)."""
+
+
+def _write_some(descriptor: int, view: memoryview, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(descriptor, view, offset)
+    with _PLACE:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, view[: 1 << 30])
 
 
 def readable_by_group(path: Path) -> None:
@@ -160,10 +188,11 @@ def _beside(output: Path, alone: bool) -> Iterator[Path]:
     if output.exists() and not output.is_file() and not output.is_dir():  # root would replace /dev/null by a file
         raise InputError(f"{output} is no file.", "a file that can be replaced.", "choose another name.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    if not remove_abandoned(output.parent, output.name) and alone:
-        raise refusal("runs/two-writers", output=output)
-    home = Path(tempfile.mkdtemp(prefix=f".{output.name[:80]}.", suffix=".part", dir=output.parent))
-    lock = FileLock(home / ".lock")
+    with folder_alone(output.parent):
+        if not _remove_abandoned(output.parent, re.escape(_stem(output.name))) and alone:
+            raise refusal("runs/two-writers", output=output)
+        home = Path(tempfile.mkdtemp(prefix=f".{_stem(output.name)}.", suffix=".part", dir=output.parent))
+        lock = FileLock(home / ".lock").acquire()
     try:
         with lock:
             yield home / output.name  # a converter names the model after its file or folder
@@ -171,11 +200,21 @@ def _beside(output: Path, alone: bool) -> Iterator[Path]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def remove_abandoned(folder: Path, name: str = "*") -> bool:
-    """Remove what killed processes left of outputs called `name`; False when a process is writing one now."""
-    free = True
-    pattern = name if name == "*" else glob.escape(name[:80])
-    for home in folder.glob(f".{pattern}.*.part"):
+def _stem(name: str) -> str:
+    """The name of an output, or what stands for one that leaves no room in a name of 255 bytes."""
+    return name if len(os.fsencode(name)) <= 240 else f"{name[:40]}-{sha256_json(name)[:16]}"
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed processes left of any output in a folder."""
+    with folder_alone(folder):
+        _remove_abandoned(folder, ".+")
+
+
+def _remove_abandoned(folder: Path, pattern: str) -> bool:
+    """Remove what killed processes left of outputs so called; False when a process is writing one now."""
+    free, called = True, re.compile(rf"\.{pattern}\.[^.]+\.part", re.S)
+    for home in (home for home in folder.iterdir() if called.fullmatch(home.name)):
         lock = FileLock(home / ".lock", timeout=0)
         try:
             with lock:
@@ -185,22 +224,6 @@ def remove_abandoned(folder: Path, name: str = "*") -> bool:
         except OSError:  # removed by its own process a moment ago
             continue
     return free
-
-
-@contextlib.contextmanager
-def locked(path: Path, found: str, expected: str, do: str) -> Iterator[None]:
-    """Hold the lock file `path`; the system gives it up for a process that is killed.
-
-    Raises:
-        InputError: another process holds it; with these words.
-        OSError: there can be no file.
-    """
-    try:
-        held = FileLock(path, timeout=0).acquire()
-    except Timeout:
-        raise InputError(found, expected, do) from None
-    with held:
-        yield
 
 
 NO_SPACE = (
@@ -412,21 +435,3 @@ def remembered_sha256(path: Path) -> str:
 def _file_state(path: Path) -> list[Any]:
     found: os.stat_result = path.stat()
     return [str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-
-
-def templates(folder: Path, **options: bool) -> Environment:
-    """The templates of a folder; a missing value is an error. `options`: of jinja2.Environment."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    return Environment(loader=FileSystemLoader(folder), undefined=StrictUndefined, **options)
-
-
-def render(template: Path, **values: Any) -> str:
-    """The text of a template with the values put in; nothing is escaped, and a missing value is an error.
-
-    A line that holds nothing but a statement leaves no line. `{{ number | form(".2f") }}` formats as Python does,
-    `{{ value | python }}` is the value as Python source.
-    """
-    environment = templates(template.parent, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"form": format, "python": repr}
-    return environment.get_template(template.name).render(values)

@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 
 from lib.errors import in_words
+from lib.progress import join_log
 
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -126,19 +127,44 @@ def device_name() -> str:
     return f"{kind} ({cpu_name()}, {physical_cores()} cores)"
 
 
+HALF_PRODUCTS = (7, 0)
+"""Compute capability from which a GPU has units for float16 products (V100)."""
+
+
+def gpus() -> list[str]:
+    """Every CUDA device in words: name, memory, compute capability, and the driver where NVIDIA's library tells it."""
+    import torch
+
+    driver = ""
+    if torch.cuda.is_available():
+        with contextlib.suppress(Exception):  # no library, or an error of its own kind
+            import pynvml
+
+            pynvml.nvmlInit()
+            driver = f", driver {pynvml.nvmlSystemGetDriverVersion()}"
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        f"{p.name}, {p.total_memory / 2**30:.1f} GiB, compute capability {p.major}.{p.minor}{driver}" for p in found
+    ]
+
+
 def compute_dtype(wanted: str = "auto") -> tuple[str, str]:
     """The number format for training and evaluation, and the reason for it.
 
-    bfloat16 only where it is computed natively (CPU: AVX512-BF16, AMX or Arm BF16); float16 never (on a CPU it is
-    several times slower, and Qwen2 overflows in it).
+    bfloat16 only where it is computed natively (CPU: AVX512-BF16, AMX or Arm BF16). float16 only on a GPU without it
+    (T4, V100, RTX 20), where it is several times as fast as float32 and takes half the memory; a model that overflows
+    in it (some Qwen2 do) is refused. Never on a CPU, where it is several times slower.
     """
     if wanted != "auto":
         return wanted, "set by the parameter dtype"
     if torch_device() == "cuda":
         import torch
 
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bfloat16", "the GPU computes it natively") if native else ("float32", "the GPU has no native bfloat16")
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "the GPU computes it natively"
+        if torch.cuda.get_device_capability() >= HALF_PRODUCTS:
+            return "float16", "the GPU has no native bfloat16, and fast float16 products"
+        return "float32", "the GPU has no native bfloat16 and no fast float16 products"
     if cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"}:
         return "bfloat16", "the CPU computes it natively"
     return "float32", "the CPU has no native bfloat16"
@@ -189,7 +215,8 @@ def return_freed_memory() -> None:
 
 @functools.cache
 def quiet() -> None:
-    """Switch off progress bars and advice of transformers, peft and the hub client, once for this process.
+    """Switch off progress bars and advice of transformers, peft and the hub client, once for this process. Where a
+    command shows what is logged, the advice goes there.
 
     To be called before a model class is imported.
     """
@@ -197,11 +224,12 @@ def quiet() -> None:
     import huggingface_hub.utils
     import transformers.utils.logging
 
-    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.disable_progress_bars()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not join_log("transformers", "accelerate", "huggingface_hub"):
+        transformers.utils.logging.set_verbosity_error()
+        logging.getLogger("accelerate").setLevel(logging.ERROR)
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     _import_models_alone(transformers.utils)
 
 

@@ -159,7 +159,12 @@ class Manifest:
         try:
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise ValueError(f"no manifest of format {FORMAT}")
-            return _entries().validate_python(content.get("products"), extra="forbid")
+            found = _entries().validate_python(content.get("products"), extra="forbid")
+            for name, entry in found.items():
+                sized = all({"bytes", "sha256"} <= output.keys() for output in entry.outputs.values())
+                if not sized or entry.product != name or not isinstance(entry.facts.get("rows", {}), dict):
+                    raise ValueError(f"the entry {name} is that of another product, or lacks hashes or rows")
+            return found
         except ValueError as error:
             first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
             reason = ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")[:200]

@@ -21,8 +21,10 @@ from lib.progress import say
 from lib.runs import files
 from lib.runs import manifest as runs_manifest
 from lib.runs.files import flush_to_disk, read_json, write_json
+from lib.runs.locks import locked
 from lib.runs.machine import peak_memory
 from lib.runs.manifest import NOTE, NOTEBOOK_OF, Entry, Manifest, damage
+from lib.settings import UNTRAINED
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,22 @@ class Run:
             say(f"{stage.__name__}: fold {other.fold} of {len(others) + 1}")
             stage(settings, other)
 
+    @property
+    def untrained(self) -> bool:
+        """Whether the base model goes through the run as it is: 02 has neither trained nor adopted anything."""
+        adapter = self.manifest.entries().get("adapter")
+        return adapter is not None and adapter.facts.get("method") == UNTRAINED
+
+    def adapter(self) -> Product:
+        """The adapter of the run.
+
+        Raises:
+            InputError: it has none, because nothing was trained; or as `require`.
+        """
+        if self.untrained:
+            raise refusal("runs/untrained", name=self.name)
+        return self.require("adapter")
+
     def require(self, product: str) -> Product:
         """A finished product that this stage needs.
 
@@ -152,7 +170,7 @@ class Run:
         """
         files.writable(self.folder)
         busy = f"another process works on run {self.name!r}."
-        alone = files.locked(self.folder / ".lock", busy, "one at a time.", "wait for it, or use another run_name.")
+        alone = locked(self.folder / ".lock", busy, "one at a time.", "wait for it, or use another run_name.")
         with files.writing(self.folder), alone:
             wanted = self._wanted(parameters, inputs)
             final, former = self.folder / product, self.manifest.entries().get(product)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.scoring.log_probabilities import NEAR_TIE, Scores
+from lib.statistics.classification import classification_report
 from lib.statistics.intervals import Interval, bca_limits, drawn_sums, wilson
 from lib.statistics.losses import averaged_share, weighted_mean
 from lib.statistics.noninferiority import (
@@ -90,6 +91,11 @@ class Accuracy:
             "chance": 1 / len(np.unique(scores.labels)),
             "labels_given": len(np.unique(scores.predictions)),
         }
+
+    def classes(self, scores: Scores, label_names: Sequence[str]) -> dict[str, Any]:
+        """Precision, recall, F1 and rows of every label, and confusion[true][answered]."""
+        report = classification_report(scores.labels, scores.predictions, label_names).to_json()
+        return {key: report[key] for key in ("per_class", "confusion")}
 
     def compare(
         self,

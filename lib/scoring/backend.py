@@ -7,7 +7,6 @@ but the last. Answers that share those inputs share the forward pass, so single-
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import json
 import math
@@ -21,9 +20,10 @@ from typing import IO, Any, Self
 import numpy as np
 
 from lib.errors import InputError, refusal
-from lib.progress import Progress
+from lib.progress import Progress, say
 from lib.runs.child import peak_memory_mib
 from lib.runs.files import data_file, read_jsonl, sha256_file, sha256_json
+from lib.runs.locks import writing_alone
 
 # Scores and answers that are kept as they come: one JSON line a batch behind a header, so that killed work continues.
 #
@@ -129,15 +129,13 @@ def keeping(
         return
     header = {"model": keep.model, "rows": sha256_json(list(names)), "prompts": sha256_json(list(prompts))}
     keep.path.parent.mkdir(parents=True, exist_ok=True)
-    with keep.path.open("a+b", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another process writes {keep.path}.", "one at a time.", "wait for its end.") from None
+    with keep.path.open("a+b", buffering=0) as file, writing_alone(file, keep.path):
         kept, note = _continued(file, {"format": _FORMAT, **header, **asked, "settings": settings})
         done = len({row for batch in kept for row in batch["rows"]})
         found = f"{done} {unit}" if done else note
-        with Progress(f"{what} ({found})" if found else what, len(prompts), already=done) as progress:
+        if found:
+            say(f"{what} ({found})")
+        with Progress(what, len(prompts), already=done) as progress:
             yield Work(progress, names, kept, file, found, float(sum(batch["seconds"] for batch in kept)))
 
 

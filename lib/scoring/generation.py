@@ -15,8 +15,10 @@ from lib.models.gguf_tokenizer import token_bytes
 from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task, spread
 from lib.prompts.templates import ASSISTANT, SYSTEM, USER, end_of_turn_id, read_block, think_tags
+from lib.scoring import answer_metrics
 from lib.scoring.backend import Backend, Keep, check_ids, keeping
-from lib.scoring.text_metrics import TermList, chrf_signature, measure, read_stream, read_terms, summarise
+from lib.scoring.text_metrics import chrf, chrf_signature, measure, read_stream, summarise
+from lib.scoring.word_lists import TermList, read_terms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -182,9 +184,10 @@ def ask_row(tokenizer: Any, row: dict[str, Any], encoded: Encoded) -> Asked:
     return Asked(encoded.prompt_ids, texts[last - 1], texts[last], _opening(tokenizer, encoded.prompt_ids))
 
 
-def ask_prompt(tokenizer: Any, task: Task, prompt: dict[str, str]) -> Asked:
-    """A prompt behind the task's system turn."""
-    turns = [{"role": SYSTEM, "content": task.system_prompt}, {"role": USER, "content": prompt["prompt"]}]
+def ask_prompt(tokenizer: Any, task: Task, prompt: dict[str, str], system_turn: bool = True) -> Asked:
+    """A prompt behind the task's system turn, or alone, where the template may add one of its own."""
+    turns = [{"role": SYSTEM, "content": task.system_prompt}] if system_turn else []
+    turns.append({"role": USER, "content": prompt["prompt"]})
     ids = tokenizer(task.prompt(tokenizer, {"messages": turns}), add_special_tokens=False)["input_ids"]
     return Asked(ids, prompt["prompt"], prompt["reference"], _opening(tokenizer, ids))
 
@@ -200,7 +203,7 @@ class Questions:
     """What every model is asked, and how its answers are measured.
 
     Attributes:
-        tokenizer, terms, thinking: of the run.
+        tokenizer, terms, thinking, answer_metric: of the run.
         rows: the test rows that are answered; none with `generated_rows: 0`.
         asked: those rows; prompts: further prompts, rendered; sources: these as their file has them.
         most: tokens at which an answer is cut.
@@ -216,6 +219,7 @@ class Questions:
     prompts: list[Asked]
     most: int
     sampling: Sampling
+    answer_metric: str = answer_metrics.NONE
 
     @classmethod
     def of(
@@ -229,19 +233,22 @@ class Questions:
         """As the settings want it.
 
         Raises:
-            InputError: no such list of terms.
+            InputError: no such list of terms, or reference answers that `answer_metric` cannot be taken of.
         """
         chosen = [dict(row) for row in spread(rows, settings.generated_rows)] if settings.generated_rows > 0 else []
+        asked = [ask_row(tokenizer, row, task.encode(tokenizer, row)) for row in chosen]
+        answer_metrics.refuse_other_form(settings.answer_metric, [one.reference for one in asked])
         return cls(
             tokenizer=tokenizer,
             terms=read_terms(settings.terms),
             thinking=task.thinking,
             rows=chosen,
-            asked=[ask_row(tokenizer, row, task.encode(tokenizer, row)) for row in chosen],
+            asked=asked,
             sources=sources,
             prompts=[ask_prompt(tokenizer, task, source) for source in sources],
             most=settings.max_new_tokens,
             sampling=Sampling(seed=settings.seed),
+            answer_metric=settings.answer_metric,
         )
 
     def told(self, asked: Sequence[Asked], written: Sequence[Written]) -> list[dict[str, Any]]:
@@ -257,7 +264,7 @@ class Questions:
             stream = read_stream(token_bytes(self.tokenizer, answer.ids))
             reasons = self.thinking and (not one.reference or read_block(one.reference).complete)
             rest = (one.question, one.reference, self.terms, reasons, one.opening)
-            measured = measure(stream, answer.ended, *rest)
+            measured = measure(stream, answer.ended, *rest, self.answer_metric)
             if not one.reference:
                 measured |= dict.fromkeys(("chrf", "rouge_l", "terms"))
             keys = ("ended", "first_token_seconds", "seconds", "tokens_per_second")
@@ -278,6 +285,33 @@ class Questions:
         measured = {name: [answer["measured"] for answer in given] for name, given in answers.items()}
         groups = [row.get("group", place) for place, row in enumerate(self.rows)]
         return summarise(measured, groups, reference) if groups else []
+
+
+def with_likeness(answers: Mapping[Any, Sequence[Mapping[str, Any]]]) -> dict[Any, list[dict[str, Any]]]:
+    """Every model's answers to the same prompts, each with how alike it is to the first model's.
+
+    Returns:
+        the answers (with "text") and their "same_text", "same_start" (share of the longer text) and "chrf"; these are
+        None of the first model.
+    """
+    reference, first = next(iter(answers.items()), (None, ()))
+    return {
+        name: [
+            {**one, **_likeness(one["text"], None if name == reference else other["text"])}
+            for one, other in zip(own, first, strict=True)
+        ]
+        for name, own in answers.items()
+    }
+
+
+def _likeness(text: str, first: str | None) -> dict[str, Any]:
+    if first is None:
+        return dict.fromkeys(("same_text", "same_start", "chrf"))
+    if text == first:
+        return {"same_text": True, "same_start": 1.0, "chrf": 100.0}
+    differ = (place for place, (one, other) in enumerate(zip(text, first, strict=False)) if one != other)
+    start = next(differ, min(len(text), len(first))) / max(len(text), len(first))
+    return {"same_text": False, "same_start": start, "chrf": chrf(text, first)}
 
 
 def write_all(

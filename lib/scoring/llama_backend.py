@@ -200,11 +200,6 @@ class LlamaCppBackend(Backend):
         self._batch = api.llama_batch_init(self.n_batch, 0, SEQUENCES)
 
     @property
-    def most_positions(self) -> int:
-        """Tokens of context that the model was made for; 0 where its file does not say."""
-        return self._api.llama_model_n_ctx_train(self._model)
-
-    @property
     def begin_token(self) -> int | None:
         """The token that this model wants at the beginning of every text; None for Qwen models."""
         return self._api.llama_vocab_bos(self._vocab) if self._api.llama_vocab_get_add_bos(self._vocab) else None

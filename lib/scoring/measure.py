@@ -16,9 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError, refusal
+from lib.models.base_model import check_model_folder
+from lib.models.configurations import read_configuration
+from lib.models.gguf_file import read_metadata
+from lib.models.gguf_tokenizer import refuse_bad_vocabulary
+from lib.models.loading import affordable_dtype, load_as_saved, load_model, load_tokenizer, quantization_method
 from lib.runs.child import run_child
 from lib.runs.files import user_path
 from lib.scoring.backend import Backend
+from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.perplexity import Positions, positions, scored_tokens, table_of
 from lib.statistics.paired import clustered_bootstrap_t, clustered_share
 
@@ -170,7 +176,8 @@ def measure_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     with ExitStack() as stack:
         paths = [Path(argument[key]) for key in ("reference", "model") if argument[key]]
         dtype = _dtype(paths)
-        opened = [_open(path, argument, dtype) for path in paths]
+        longest = min(n_ctx, len(text.content.encode()) + 8)  # a token is at least a byte: more room would be in vain
+        opened = [_open(path, {**argument, "n_ctx": longest}, dtype) for path in paths]
         for backend, _ in opened:
             stack.enter_context(backend)
         tokens = _tokenize(opened, paths, text)
@@ -187,37 +194,31 @@ def measure_in_child(argument: dict[str, Any]) -> dict[str, Any]:
 
 def _dtype(paths: Sequence[Path]) -> str:
     """In what model folders are computed, both in the same: where memory allows it in what llama.cpp computes in."""
-    from lib.models.base_model import check_model_folder
-    from lib.models.loading import affordable_dtype, quantization_method
-
     folders = [path for path in paths if path.is_dir()]
     for folder in folders:
         check_model_folder(folder)
     return affordable_dtype(*(folder for folder in folders if not quantization_method(folder)))
 
 
+def most_positions(path: Path) -> int | None:
+    """Tokens of context that a folder or a GGUF file was made for; None where it does not say."""
+    said = read_configuration(path) if path.is_dir() else read_metadata(path)
+    name = "max_position_embeddings" if path.is_dir() else f"{said.get('general.architecture')}.context_length"
+    return most if type(most := said.get(name)) is int else None
+
+
 def beyond_context(paths: Sequence[Path], n_ctx: int) -> list[str]:
     """What is to be said of models that were made for shorter windows."""
-    from lib.models.configurations import read_configuration
-    from lib.models.gguf_file import read_metadata
-
-    found = []
-    for path in paths:
-        said = read_configuration(path) if path.is_dir() else read_metadata(path)
-        name = "max_position_embeddings" if path.is_dir() else f"{said.get('general.architecture')}.context_length"
-        if isinstance(most := said.get(name), int) and n_ctx > most:
-            found.append(f"windows of {n_ctx} tokens, and {path.name} was made for at most {most}")
-    return found
+    made_for = [(path.name, most) for path in paths if (most := most_positions(path)) and n_ctx > most]
+    return [f"windows of {n_ctx} tokens, and {name} was made for at most {most}" for name, most in made_for]
 
 
 def _open(path: Path, argument: dict[str, Any], dtype: str) -> tuple[Backend, Any]:
     """A backend and, for a folder, its tokenizer."""
     if path.is_file():
-        from lib.scoring.llama_backend import LlamaCppBackend
-
+        refuse_bad_vocabulary(read_metadata(path), path)
         n_ctx, threads, layers = (argument[key] for key in ("n_ctx", "n_threads", "n_gpu_layers"))
         return LlamaCppBackend(path, n_ctx, threads, layers, n_outputs=n_ctx - n_ctx // 2), None
-    from lib.models.loading import load_as_saved, load_model, load_tokenizer, quantization_method
     from lib.scoring.torch_backend import TransformersBackend
 
     if argument["n_threads"]:
@@ -304,8 +305,9 @@ def llama_cpp_crash() -> str | None:
 
 def try_prompt(argument: dict[str, Any]) -> dict[str, Any]:
     """Read a prompt with the model at "path", by "n_threads" and with "n_gpu_layers" where it says them."""
-    from lib.scoring.llama_backend import LlamaCppBackend
-
     threads, layers = argument.get("n_threads", 1), argument.get("n_gpu_layers", 0)
     with LlamaCppBackend(Path(argument["path"]), _PROMPT, threads, layers) as backend:
-        return {"positions": len(backend.window_log_probs([place % _TOKENS for place in range(_PROMPT)]))}
+        found = backend.window_log_probs([place % _TOKENS for place in range(_PROMPT)])
+        if not np.isfinite(found).all():
+            raise refusal("scoring/window-not-numbers", backend=backend)
+    return {"positions": len(found)}

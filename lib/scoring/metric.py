@@ -11,11 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtri
 
+from lib.prompts.tasks import Task
 from lib.runs.files import read_jsonl
 from lib.scoring.accuracy import Accuracy
 from lib.scoring.log_probabilities import AnswerScores, Scores
@@ -23,9 +24,6 @@ from lib.statistics.intervals import Interval, paired_bootstrap
 from lib.statistics.losses import FEWEST, cluster_test, compare_losses, limits, weighted_mean
 from lib.statistics.noninferiority import FEWEST_GROUPS, LEVEL, POWER, fewest_groups
 from lib.statistics.paired import clustered_share
-
-if TYPE_CHECKING:
-    from lib.prompts.tasks import Task
 
 Entry = Row = Mapping[str, Any]
 
@@ -98,6 +96,9 @@ class AnswerPerplexity:
             "answer_ppl": figures["perplexity"],
             "answer_ppl_interval": figures["perplexity_interval"],
         }
+
+    def classes(self, scores: AnswerScores, label_names: Sequence[str]) -> dict[str, Any]:
+        return {}
 
     def compare(
         self,

@@ -1,140 +1,21 @@
-"""What a generated text is worth, from the text alone: no model, no tokenizer; the same for every backend.
-
-Also here: lists of terms and of prompts, read from a file, and terms found in a text.
-"""
+"""What a generated text is worth, from the text alone: no model, no tokenizer; the same for every backend."""
 
 from __future__ import annotations
 
 import codecs
 import functools
 import re
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lib.errors import InputError, refusal
 from lib.prompts.templates import read_block
-from lib.runs.files import data_file, sha256_file, user_path, utf8
+from lib.runs.files import data_file
+from lib.scoring import answer_metrics
+from lib.scoring.word_lists import TermList, fold
 from lib.statistics.paired import clustered_mean, clustered_score_interval, clustered_share
-
-# Lists of terms and of prompts.
-
-_HERE = Path(__file__).parent
-SHIPPED_TERMS = tuple(sorted(path.stem for path in (_HERE / "terms").glob("*.txt")))
-"""Names of the shipped lists of terms."""
-
-
-def fold(text: str) -> str:
-    """The form in which texts and terms are compared: NFKC, without case."""
-    return unicodedata.normalize("NFKC", text).casefold()
-
-
-@dataclass(frozen=True)
-class TermList:
-    """Terms of a domain.
-
-    Attributes:
-        name: name of a shipped list, or of the file.
-        forms: every way to write a term, folded -> the term as the list writes it.
-        sha256: of the file.
-    """
-
-    name: str
-    forms: dict[str, str]
-    sha256: str
-
-    def __len__(self) -> int:
-        return len(set(self.forms.values()))
-
-    @functools.cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self.forms, key=len, reverse=True)
-        return re.compile("|".join(map(_bounded, longest_first)))
-
-    def found(self, text: str) -> set[str]:
-        """The terms of a text. Of overlapping ones the first, and there the longest, counts, and no part of it.
-
-        Latin terms must stand alone: AES is not found in "CAESAR".
-        """
-        return {self.forms[match[0]] for match in self._pattern.finditer(fold(text))}
-
-    @functools.cached_property
-    def _alone(self) -> dict[str, re.Pattern[str]]:
-        """A pattern for every term: any of its forms."""
-        forms: dict[str, list[str]] = {}
-        for form, term in self.forms.items():
-            forms.setdefault(term, []).append(_bounded(form))
-        return {term: re.compile("|".join(patterns)) for term, patterns in forms.items()}
-
-    def held(self, text: str) -> set[str]:
-        """The terms that a text holds anywhere, also inside longer ones: who writes 密钥管理 has not lost 密钥."""
-        folded = fold(text)
-        return {term for term, pattern in self._alone.items() if pattern.search(folded)}
-
-
-def _bounded(form: str) -> str:
-    """A pattern for a term whose Latin ends touch no other letter or digit."""
-    before = "(?<![a-z0-9])" if re.match("[a-z0-9]", form) else ""
-    return before + re.escape(form) + ("(?![a-z0-9])" if re.search("[a-z0-9]$", form) else "")
-
-
-def read_terms(source: str) -> TermList | None:
-    """The list that the setting `terms` names; None for "".
-
-    Raises:
-        InputError: no such list or file, not UTF-8, without terms, or a form that belongs to two terms.
-    """
-    if not source:
-        return None
-    path = _HERE / "terms" / f"{source}.txt" if source in SHIPPED_TERMS else user_path(source)
-    known = f"{', '.join(SHIPPED_TERMS)}, or a file"
-    forms: dict[str, str] = {}
-    for number, (term, *more) in _lines(path, "terms", known):
-        for form in (term, *more):
-            if (other := forms.setdefault(fold(form), term)) != term:
-                raise refusal("scoring/form-of-two-terms", path=path, number=number, form=form, other=other, term=term)
-    return TermList(path.stem if source in SHIPPED_TERMS else path.name, forms, sha256_file(path))
-
-
-SHIPPED_PROMPTS = tuple(sorted(path.stem for path in (_HERE / "prompts").glob("*.txt")))
-"""Names of the sets of prompts that come with the workbook."""
-
-
-def read_prompts(source: str, setting: str = "prompts_file") -> list[dict[str, str]]:
-    """{"prompt", "reference"} of each line of a prompts file, or of a shipped set; "" = the one of counselling.
-
-    Raises:
-        InputError: no such file or set, not UTF-8, without prompts, or a line of more than two parts.
-    """
-    name = source or "counselling"
-    path = _HERE / "prompts" / f"{name}.txt" if name in SHIPPED_PROMPTS else user_path(source)
-    prompts = []
-    for number, parts in _lines(path, setting, f"a file, or one of {', '.join(SHIPPED_PROMPTS)}"):
-        if len(parts) > 2:
-            raise refusal("scoring/too-many-parts", path=path, number=number, count=len(parts))
-        prompts.append({"prompt": parts[0], "reference": parts[1] if len(parts) == 2 else ""})
-    return prompts
-
-
-def _lines(path: Path, setting: str, known: str) -> Iterator[tuple[int, list[str]]]:
-    """Number and TAB-separated parts of each line that is neither empty nor a comment."""
-    if not path.is_file():
-        raise InputError(f"{setting}: {path}, which is no file.", f"{known}.", f"correct {setting}.")
-    text = utf8(path, path.read_bytes()).removeprefix("\ufeff")
-    filled = False
-    for number, line in enumerate(text.splitlines(), 1):
-        parts = [part.strip() for part in line.split("\t")]
-        parts = [part for part in parts if part]
-        if parts and not parts[0].startswith("#"):
-            filled = True
-            yield number, parts
-    if not filled:
-        raise InputError(f"{path} holds nothing but comments.", "one entry a line.", f"fill it, or clear {setting}.")
-
 
 # How much of a reference text a text shares: ROUGE-L over characters, and what it repeats of itself.
 
@@ -238,7 +119,7 @@ def read_stream(pieces: Iterable[bytes]) -> Stream:
 
 # One generated answer, measured: the numbers of a row, and what each of them means in words.
 
-SHARE, MEAN, RATIO = "share", "mean", "ratio"
+SHARE, MEAN, RATIO, F1 = "share", "mean", "ratio", "f1"
 
 
 @dataclass(frozen=True)
@@ -248,7 +129,8 @@ class Metric:
     Attributes:
         key: in the measured row.
         name: on the page, with an arrow where one direction is better.
-        kind: SHARE (true or false a row), MEAN (a number a row), RATIO (found and wanted a row).
+        kind: SHARE (true or false a row), MEAN (a number a row), RATIO (found and wanted a row), F1
+            (twice the right ones, and all that are written or wanted, a row).
         meaning: the definition in words.
         most: largest possible value; None = no limit. The smallest is 0.
     """
@@ -289,6 +171,7 @@ def measure(
     terms: TermList | None,
     thinking: bool,
     opening: str = "",
+    answer_metric: str = answer_metrics.NONE,
 ) -> dict[str, Any]:
     """The row of one answer: a value for every metric's key, None where it does not apply.
 
@@ -302,11 +185,13 @@ def measure(
         terms: list of the domain; None = not measured.
         thinking: whether answers are to begin with reasoning.
         opening: what the prompt itself ended with of the answer: the tag that opens the reasoning, or "".
+        answer_metric: the setting (`lib.scoring.answer_metrics`).
     """
     text = opening + stream.text
     block = read_block(text)
     said, wanted = (block.answer, read_block(reference).answer) if thinking else (text.strip(), reference.strip())
     return {
+        **answer_metrics.measured(answer_metric, said, wanted),
         "chrf": chrf(said, wanted),
         "rouge_l": rouge_l(said, wanted),
         **_terms(terms, said, {"terms": wanted, "question_terms": question}),
@@ -343,8 +228,8 @@ def summarise(models: Mapping[str, Measured], groups: Sequence[int], reference: 
     Few rows, skewed values and many zeros are the rule here, so no percentile bootstrap, which covers far too rarely
     then (docs/LOG.md). Shares, and ratios as shares of all terms, have Wilson's interval with n divided by the design
     effect of the groups; differences of shares have Tango's, likewise. Means, and differences of means and ratios,
-    have Student's with whole groups as units. With fewer than three groups, or where all rows agree in a mean, there
-    is nothing to tell an interval from.
+    have Student's with whole groups as units (ratios linearized). With fewer than three groups, or where all rows agree
+    in a mean, there is nothing to tell an interval from.
 
     Args:
         models: name -> measured rows (`measure`), the same questions in the same order.
@@ -353,41 +238,40 @@ def summarise(models: Mapping[str, Measured], groups: Sequence[int], reference: 
 
     Returns:
         {"key", "name", "meaning", "n" (rows), "groups", "wanted" (terms, of ratios; else None), "models": {name:
-        {"estimate", "interval"}}, "differences": {name: {"estimate", "interval"}}}; an interval may be None.
+        {"estimate", "interval"}}, "differences": {name: {"estimate", "interval"}}}; an interval may be None. Of F1 also
+        "types": {name: lines of `answer_metrics.by_type`}.
     """
     numbers = np.asarray(groups)
     entries = []
     for metric in METRICS:
-        values = {name: _values(metric, rows) for name, rows in models.items()}
-        first, weights = values[reference]
-        kept = np.isfinite(first) & (weights > 0)
-        if not kept.any():
+        found = {name: _values(metric, rows) for name, rows in models.items()}
+        kept = np.isfinite(found[reference][0]) & (sum(weights for _, weights in found.values()) > 0)
+        mine = {name: (values[kept], weights[kept]) for name, (values, weights) in found.items()}
+        if not all(weights.sum() for _, weights in mine.values()):
             continue
-        mine = {name: value[kept] for name, (value, _) in values.items()}
-        base, own, weight = mine[reference], numbers[kept], weights[kept]
-        entries.append(
-            {
-                "key": metric.key,
-                "name": metric.name,
-                "meaning": metric.meaning,
-                "n": int(kept.sum()),
-                "groups": len(np.unique(own)),
-                "wanted": int(weight.sum()) if metric.kind == RATIO else None,
-                "models": {name: _own(metric, value, own, weight) for name, value in mine.items()},
-                "differences": {
-                    name: _difference(metric, value - base, own, weight)
-                    for name, value in mine.items()
-                    if name != reference
-                },
-            }
-        )
+        base, own = mine[reference], numbers[kept]
+        entry = {
+            "key": metric.key,
+            "name": metric.name,
+            "meaning": metric.meaning,
+            "n": int(kept.sum()),
+            "groups": len(np.unique(own)),
+            "wanted": int(base[1].sum()) if metric.kind == RATIO else None,
+            "models": {name: _own(metric, *value, own) for name, value in mine.items()},
+            "differences": {
+                name: _difference(metric, value, base, own) for name, value in mine.items() if name != reference
+            },
+        }
+        if metric.kind == F1:
+            entry["types"] = {name: answer_metrics.by_type(rows) for name, rows in models.items()}
+        entries.append(entry)
     return entries
 
 
 def _values(metric: Metric, rows: Measured) -> tuple[np.ndarray, np.ndarray]:
     """Value and weight of each row; not a number where the metric does not apply."""
-    found = [row[metric.key] for row in rows]
-    if metric.kind == RATIO:
+    found = [row.get(metric.key) for row in rows]
+    if metric.kind in (RATIO, F1):
         pairs = [value or [0, 0] for value in found]
         weights = np.array([wanted for _, wanted in pairs], dtype=np.float64)
         return np.array([kept / max(1, wanted) for kept, wanted in pairs]), weights
@@ -395,41 +279,44 @@ def _values(metric: Metric, rows: Measured) -> tuple[np.ndarray, np.ndarray]:
     return values, np.ones(len(values))
 
 
-def _own(metric: Metric, values: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+def _own(metric: Metric, values: np.ndarray, weights: np.ndarray, groups: np.ndarray) -> dict[str, Any]:
     if len(np.unique(groups)) < FEWEST or (metric.kind == MEAN and not np.ptp(values)):
         return _shown(float(np.average(values, weights=weights)))
     if metric.kind == MEAN:
         found = clustered_mean(values, groups)
         high = found.high if metric.most is None else min(metric.most, found.high)
         return _shown(found.estimate, [max(0.0, found.low), high])  # within the values that the metric can have
-    single, owners = _term_shares(values * weights, groups, weights) if metric.kind == RATIO else (values, groups)
-    found = clustered_share(single, owners)
+    if metric.kind != SHARE:
+        values, groups = _terms_alone(values * weights, groups, weights)
+    found = clustered_share(values, groups)
     return _shown(found.estimate, found.to_json())
 
 
-def _difference(metric: Metric, change: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
-    count = len(np.unique(groups))
-    if count < FEWEST:
-        return _shown(float(np.average(change, weights=weights)))
+def _difference(
+    metric: Metric, values: tuple[np.ndarray, np.ndarray], base: tuple[np.ndarray, np.ndarray], groups: np.ndarray
+) -> dict[str, Any]:
+    """Of values and weights; those of a ratio by row are what each row moves it, about the ratio of all rows."""
+    estimate = float(np.average(values[0], weights=values[1]) - np.average(base[0], weights=base[1]))
+    if len(np.unique(groups)) < FEWEST:
+        return _shown(estimate)
+    change = values[0] - base[0]
     if metric.kind == MEAN and not np.ptp(change):
         return _shown(float(change[0]))
+    if metric.kind in (RATIO, F1):
+        moved = [(own - np.average(own, weights=w)) * w / w.mean() for own, w in (values, base)]
+        change = moved[0] - moved[1] + estimate
     if metric.kind == SHARE:
         found = clustered_score_interval(change, groups)
-    elif metric.kind == MEAN:
-        found = clustered_mean(change, groups)
-    elif change.any():
-        found = clustered_mean(*_term_shares(change * weights, groups, weights))
+    elif metric.kind != MEAN and not np.any((values[0] != base[0]) | (values[1] != base[1])):
+        found = clustered_score_interval(np.zeros(len(np.unique(groups))))
     else:
-        found = clustered_score_interval(np.zeros(count))
+        found = clustered_mean(change, groups)
     return _shown(found.estimate, found.to_json())
 
 
-def _term_shares(sums: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One value a term (as many ±1 as the row's sum says, then zeros), and the group that it belongs to."""
-    single = [
-        np.where(np.arange(round(wanted)) < abs(round(total)), np.sign(total), 0.0)
-        for total, wanted in zip(sums, weights, strict=True)
-    ]
+def _terms_alone(sums: np.ndarray, groups: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One value a term (as many ones as the row's sum says, then zeros), and the group that it belongs to."""
+    single = [np.arange(round(total)) < round(kept) for kept, total in zip(sums, weights, strict=True)]
     return np.concatenate(single), np.repeat(groups, np.round(weights).astype(int))
 
 

@@ -103,7 +103,7 @@ class SharedPrefix:
         behind = self._behind(ids[:, _TRIAL // 2 :].expand(2, -1)).float()
         error = float((behind - whole).norm() / (2**0.5 * whole.norm()))
         if not error <= _LARGEST_ERROR:  # written so that NaN fails
-            return f"prompts are computed whole: with a key-value cache the model is {error:.1%} off"
+            return f"prompts are computed whole: behind a key-value cache hidden states are {error:.1%} off"
         return ""
 
 
@@ -141,7 +141,6 @@ class TransformersBackend(Backend):
         self.batch_size = batch_size
         self.name = name or causal.config.name_or_path or type(causal).__name__
         self.device = str(self._device)
-        self.most_positions = int(getattr(causal.config, "max_position_embeddings", 0))
         self.vocab_size = causal.config.vocab_size
         self._pass_cost = _PASS.get(self._device.type, _PASS_ELSEWHERE)
         self._prefix = SharedPrefix(self._decoder, self.vocab_size)

@@ -39,7 +39,8 @@ class Candidate:
         seen: hashes of the texts that training and the choice of the checkpoint have used.
         recipe: hash of everything that training depends on but the seed; equal in runs that differ in it alone.
         validation: hash of prompt, tokenizer and validation rows: losses compare only where it is equal.
-        facts: plain values for tables: train_seed, validation_loss, samples_per_second, tokens_per_second,
+        facts: plain values for tables: train_seed, training_loss (last one logged up to the chosen checkpoint),
+            validation_loss, samples_per_second (after a resumption of the rest), tokens_per_second, resumed,
             train_device, adapter_bytes, weights, file (type and bytes of the recommended GGUF), base, digests.
     """
 
@@ -107,6 +108,7 @@ def read_candidate(run: Run) -> Candidate:
     """
     import pandas as pd
 
+    run.adapter()
     data, adapter, evaluation = (run.require_current(name) for name in ("data", "adapter", "evaluation"))
     task, rows = read_task(data.path), read_jsonl(data.path / "test.jsonl")
     path = evaluation.path / "scores-finetuned.jsonl"
@@ -146,13 +148,19 @@ def read_candidate(run: Run) -> Candidate:
 def _facts(run: Run, data: Product, adapter: Product, evaluation: Product) -> dict[str, Any]:
     training, entry = read_json(adapter.path / "training.json"), adapter.entry
     adopted = "adopted" in entry.facts
-    seconds = training.get("seconds") if training.get("resumed_from") is None and not adopted else None
+    seconds, steps = None if adopted else training.get("seconds"), training.get("steps")
     rows = training.get("train_rows", 0) * entry.parameters.get("num_train_epochs", 0.0)
+    if (done := training.get("resumed_from")) is not None:  # the seconds are of the updates behind it
+        rows = rows * (1 - done / steps) if steps else 0
+    history = read_jsonl(path) if (path := adapter.path / "history.jsonl").is_file() else []
+    losses = [row["loss"] for row in history if "loss" in row and row["step"] <= training.get("chosen_step", 0)]
     return {
         "train_seed": None if adopted else entry.parameters.get("seed"),
+        "training_loss": losses[-1] if losses else None,
         "validation_loss": entry.metrics.get("eval_loss"),
         "samples_per_second": round(rows / seconds, 3) if seconds and rows else None,
         "tokens_per_second": training.get("throughput") or None,
+        "resumed": done is not None,
         "train_device": entry.device,
         "adapter_bytes": entry.outputs["adapter_model.safetensors"]["bytes"],
         "weights": training["total"] - training["trainable"],

@@ -361,7 +361,13 @@ def text_of(content: Any) -> str | None:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
-    texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    texts = [
+        part["text"]
+        for part in parts
+        if isinstance(part, dict)
+        and isinstance(part.get("text"), str)
+        and part.get("type", "text") in _MEMBERS["texts"]
+    ]
     return "".join(texts) if parts and len(texts) == len(parts) else None
 
 

@@ -84,9 +84,11 @@ def listen(host: str, port: int) -> socket.socket:
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
+        if not host:
+            raise ValueError("an empty host would be every interface")
         listening.bind((host, port))
         listening.listen(_BACKLOG)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         listening.close()
         raise refusal("serve/no-address", host=host, port=port, why=getattr(error, "strerror", None) or error) from None
     return listening

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError, missing_library, refusal, refusing
+from lib.models.base_model import refuse_bad_template
 from lib.models.gguf_file import check_gguf, read_metadata
+from lib.models.gguf_tokenizer import refuse_bad_vocabulary
+from lib.models.unpack_source import Keys
 from lib.runs.child import run_child
 from lib.runs.files import data_file
 from lib.runs.machine import has_module, llama_cpp_problem, physical_cores
@@ -68,6 +71,9 @@ def make_formatter(template: str, thinking: bool, begin: str, end: str, end_id: 
                 raise ValueError(f"the chat template refuses these messages: {error}") from None
             for name in (name for name, choice in TOOLS.items() if told.get(name) and said.get(choice) != "none"):
                 self._refuse_unwritten(name, answer.prompt, messages, {**keywords, **told, name: None})
+            if any(message["role"] == "system" and message["content"] for message in messages):
+                others = [message for message in messages if message["role"] != "system"]
+                self._refuse_unwritten("messages of the system", answer.prompt, others, {**keywords, **told})
             for name in (name for name in CALLS if any(message.get(name) for message in messages)):
                 without = [{key: value for key, value in message.items() if key != name} for message in messages]
                 self._refuse_unwritten(name, answer.prompt, without, {**keywords, **told})
@@ -127,6 +133,8 @@ def serve(path: Path | str, options: ServeOptions, tell: Callable[[str], None]) 
     metadata = read_metadata(path)
     if not metadata.get(_TEMPLATE):
         raise refusal("serve/no-template", path=path, key=_TEMPLATE)
+    refuse_bad_vocabulary(metadata, path)
+    refuse_bad_template(path, system_turn=False)
     with listen(options.host, options.port) as listening:
         application = make_application(path, metadata, options)
         if not is_loopback(options.host):
@@ -150,7 +158,7 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
     from llama_cpp.server.settings import ModelSettings, ServerSettings
     from starlette.middleware.cors import CORSMiddleware
 
-    n_ctx = _context(metadata, options.n_ctx)
+    n_ctx = _context(Keys(metadata, path).whole("context_length"), options.n_ctx)
     model = ModelSettings(
         model=str(path),
         model_alias=path.stem,
@@ -182,12 +190,11 @@ def make_application(path: Path, metadata: Mapping[str, Any], options: ServeOpti
     return LimitedApplication(application, limits, _counter(llm, formatter))
 
 
-def _context(metadata: Mapping[str, Any], asked: int) -> int:
+def _context(trained: int, asked: int) -> int:
     """Tokens of context: as asked, within what the model was made for; 0 = that, at most 4096."""
-    trained = metadata.get(f"{metadata.get('general.architecture')}.context_length")
-    if trained and asked > trained:
+    if asked > trained:
         raise InputError(f"--n-ctx {asked}.", f"at most {trained}, which the model was made for.", "ask for less.")
-    return asked or min(_CONTEXT, int(trained or _CONTEXT))
+    return asked or min(_CONTEXT, trained)
 
 
 def _counter(llm: Any, formatter: Any) -> Callable[[str, dict[str, Any]], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import secrets
@@ -10,9 +11,11 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from lib.errors import InputError, missing_library, refusing
-from lib.runs.files import data_file
+from lib.language import CHINESE, ENGLISH, TAGS
+from lib.runs.files import data_file, object_or_empty
 from lib.runs.machine import has_module
 from lib.serve.listening import ServeOptions, in_address, is_loopback, listen, make_server
 from lib.stages.compare.speed import MOST_BYTES, check_result, save_result
@@ -25,7 +28,11 @@ if TYPE_CHECKING:
 NEEDS = ("segno", "starlette", "uvicorn")
 PAGE = "web/index.html"
 RESULT = "result"
+WORDS = "words.json"
+"""Beside the page: {language: {English: translation}}."""
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_ACCEPTED = re.compile(r"\s*([A-Za-z]+)[\w-]*\s*(?:;\s*q=(\d(?:\.\d{1,3})?))?\s*")
+_SAID = re.compile(r"(?P<mark><[^>]* data-t>)(?P<text>[^<]+)")
 
 
 def serve_phone(package: Path, devices: Path, options: ServeOptions, tell: Callable[[str], None]) -> None:
@@ -100,10 +107,32 @@ async def _answer(request: Request, root: Path, devices: Path, token: str, tell:
     path = _file(root, inner) if request.method in ("GET", "HEAD") else None
     if path is None:
         return PlainTextResponse("not found\n", 404)
+    if path == root / PAGE:
+        return _page(path, _wanted_language(request.headers.get("Accept-Language", "")))
     _simplify_range(request)
     return FileResponse(
         path, media_type=data_file("serve/http.yaml")["types"].get(path.suffix, "application/octet-stream")
     )
+
+
+def _wanted_language(accepted: str) -> str:
+    """Of English and Chinese the one that a browser wants more, by its Accept-Language."""
+    found = {ENGLISH: 0.0, CHINESE: 0.0}
+    for part in accepted.split(",")[:50]:
+        if (told := _ACCEPTED.fullmatch(part)) and (name := told[1].lower()) in found:
+            found[name] = max(found[name], float(told[2] or 1))
+    return max(found, key=lambda name: found[name])  # of two that are wanted alike English
+
+
+def _page(path: Path, wanted: str) -> Response:
+    """The page with its first words in a language; its scripts say the others in that of the same browser."""
+    from starlette.responses import HTMLResponse
+
+    text, words = path.read_text(encoding="utf-8", errors="replace"), object_or_empty(path.with_name(WORDS)).get(wanted)
+    if isinstance(words, dict):
+        text = _SAID.sub(lambda said: said["mark"] + html.escape(str(words.get(said["text"], said["text"]))), text)
+        text = text.replace('<html lang="en">', f'<html lang="{TAGS[wanted]}">', 1)
+    return HTMLResponse(text, headers={"Vary": "Accept-Language", "Content-Language": TAGS[wanted]})
 
 
 async def _save(request: Request, devices: Path, tell: Callable[[str], None]) -> Response:
@@ -165,19 +194,23 @@ def _reachable(host: str) -> str:
 
 
 def announce(address: str, options: ServeOptions, tell: Callable[[str], None]) -> None:
-    """Tell the address, as text and as a QR code, and who else can reach it."""
+    """Tell the address and how a phone reaches it: by a QR code, or by which option it could."""
     import io
 
     import segno
 
-    if not is_loopback(options.host):
+    said = data_file("serve/sentences.yaml")
+    if is_loopback(options.host):
+        tell(said["alone"].format(port=urlsplit(address).port))
+    else:
         tell(
             f"Warning: {options.host} is not this machine alone: everybody in the network who knows the address below "
             + ("can read the package." if options.cert else "can read the package, and it is not encrypted.")
         )
         if not options.cert:
-            tell(data_file("serve/sentences.yaml")["http"])
-    drawn = io.StringIO()
-    segno.make(address, micro=False).terminal(drawn, border=2, compact=True)
-    tell(drawn.getvalue())
+            tell(said["http"])
+        drawn = io.StringIO()
+        segno.make(address, micro=False).terminal(drawn, border=2, compact=True)
+        tell(drawn.getvalue())
+        tell(said["network"])
     tell(f"The phone page is served at {address} (end with Ctrl-C).")

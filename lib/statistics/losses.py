@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lib.language import sentences
 from lib.statistics.intervals import Interval, estimate_text, normal_quantile, wilson
 from lib.statistics.noninferiority import ONE_SIDED, loss_in_json
 from lib.statistics.paired import cluster_mean, copies_effect, holm
@@ -182,3 +183,8 @@ def retention_warning(*entries: Mapping[str, Any]) -> str:
         return ""
     said = poor[0] if len(poor) == 1 else ", ".join(poor[:-1]) + f" and {poor[-1]}"
     return f"Warning: {said} of what fine-tuning changed on these rows (1 = all of it, 0 = the base again)."
+
+
+def advice_words(advice: Mapping[str, Any]) -> str:
+    """Headline, how sure it is, facts and warning as one paragraph."""
+    return sentences(advice[key] for key in ("headline", "text", "warning"))

@@ -39,8 +39,14 @@ def shown(entry: Entry, margin: float) -> bool:
         entry: with "loss_limit" (the one-sided upper limit of the loss, None: none can be told), and "leak_free": None,
             or the same of those rows. margin: in the unit of the limit.
     """
-    parts = [entry, *([entry["leak_free"]] if entry.get("leak_free") else [])]
-    return all(part["loss_limit"] is not None and part["loss_limit"] < margin for part in parts)
+    limit = worst_limit(entry)
+    return limit is not None and limit < margin
+
+
+def worst_limit(entry: Entry) -> float | None:
+    """The larger upper limit of the loss, of all rows or of the leak-free ones; None: none can be told."""
+    limits = [part["loss_limit"] for part in (entry, entry.get("leak_free")) if part]
+    return None if None in limits else max(limits)
 
 
 def fewest_groups(reference: Entry) -> int:

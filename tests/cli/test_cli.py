@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,11 @@ import typer
 import yaml
 
 from lib import settings
-from lib.cli.__main__ import joined
-from lib.cli.console import guarded, table, width
+from lib.cli.__main__ import COMMANDS, joined
+from lib.cli.console import guarded, table, width, with_options
 from lib.cli.doctor import BROKEN, Check, as_text, broken, examine
 from lib.cli.evaluate import RowOptions
+from lib.cli.models import merge
 from lib.errors import InputError, Terminated
 from lib.runs.run import open_run
 from lib.settings import Settings
@@ -40,11 +44,56 @@ def workbook(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "utf-8"])
+@pytest.mark.parametrize("words", [["--help"], ["pick", "--help"], ["pick", "→"]])
+def test_help_and_usage_in_any_terminal(encoding: str, words: list[str]) -> None:
+    answer = workbook(*words, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert "Traceback" not in answer.stderr and answer.returncode == (0 if "--help" in words else 2)
+    assert ("Usage" in answer.stdout) == ("--help" in words)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["quantize", "--help"]])
+def test_a_full_disk_takes_no_help(words: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "lib.cli", *words]
+        answer = subprocess.run(command, cwd=PROJECT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1 and "No space left" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["quantize F loop Q8_0", "unpack F loop", "unpack loop/x.gguf out", "ask loop/x", "inspect loop"]
+)
+def test_links_in_a_circle_are_refused(command: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "F").write_bytes(b"GGUF")
+    words = [str(tmp_path / word) if word[0] in "Flo" else word for word in command.split()]
+    answer = workbook(*words)
+    assert answer.returncode == 2 and "no path" in answer.stderr, answer.stderr
+    answer = workbook("pick", "r", WORKBOOK_HOME=str(tmp_path / "loop"))
+    assert answer.returncode == 2 and "no path" in answer.stderr, answer.stderr
+
+
+@pytest.mark.parametrize("key", ["dataset", "base_model", "adapter", "terms", "prompts_file", "imatrix"])
+def test_a_nul_in_a_path_is_refused(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "y.yaml"
+    text = f'task: instruction\nsystem_prompt: ""\nrun_name: y\ndataset: x.jsonl\n{key}: "rows/a\\0b"\n'
+    file.write_text(text.replace("dataset: x.jsonl\n", "" if key == "dataset" else "dataset: x.jsonl\n"))
+    answer = workbook("report", str(file), "--to", "01", WORKBOOK_HOME=str(tmp_path))
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr and "\0" not in answer.stderr, answer.stderr
+
+
+@pytest.mark.parametrize("address", ["http://user:PW@[::1", "http://[::1"])
+def test_a_mirror_without_an_address_is_refused_without_its_password(address: str) -> None:
+    answer = workbook("ask", "Qwen/Qwen3-0.6B", "--prompt", "x", HF_ENDPOINT=address)
+    assert answer.returncode == 2 and "HF_ENDPOINT holds no address" in answer.stderr and "PW" not in answer.stderr
+
+
 def test_help_is_instant_and_names_every_command() -> None:
     answer = workbook("--help")
     assert answer.returncode == 0
     for command in (
         "doctor",
+        "new",
         "inspect",
         "report",
         "merge",
@@ -73,7 +122,7 @@ REFUSED = {
     "unknown type": (("report", "params/quick.yaml", "-p", "ladder", "Q4_K_X"), "unknown quantization type"),
     "unknown notebook": (("report", "params/quick.yaml", "--from", "11"), "--from '11'"),
     "no data": (("evaluate", "x.gguf"), "neither --data nor --run"),
-    "no run": (("evaluate", "x.gguf", "--run", "nope"), "run notebooks/01_data.ipynb first"),
+    "no run": (("evaluate", "x.gguf", "--run", "nope"), "no run 'nope'"),
     "no such model": (("convert", "nope", "x.gguf"), "nope"),
     "single tensor": (("quantize", "x.gguf", "y.gguf", "Q8_0", "--tensor-type", "attn_v"), "REGEX=TYPE"),
     "tensor types of a run": (("report", "params/quick.yaml", "-p", "tensor_types", "attn_v=Q4_K_M"), "REGEX=TYPE"),
@@ -272,6 +321,23 @@ def test_doctor_names_a_cure_for_every_lack(tmp_path: Path, monkeypatch: pytest.
     assert found["Chromium"].state == "ok" and found["Chromium"].found == "/usr/bin/chromium"
 
 
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_every_parameter_of_a_command_is_an_option(command: Callable) -> None:
+    """One without its line in options.yaml would keep its default, whatever is typed."""
+    shown = inspect.signature(with_options(command), eval_str=True).parameters
+    taken = inspect.signature(command, eval_str=True).parameters
+    groups = {name for name, p in taken.items() if is_dataclass(p.annotation)}
+    fields_of = {f.name for name in groups for f in fields(taken[name].annotation)}
+    assert shown.keys() == (taken.keys() - groups) | fields_of
+
+
+def test_doctor_says_what_it_found_and_nothing_else() -> None:
+    """Importing torchao, bitsandbytes and transformers, as it does, lets them speak of other machines."""
+    code = "from lib.cli.__main__ import main; import sys; sys.argv = ['workbook', 'doctor']; main()"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert answer.stderr in ("", "a prompt on 8-bit weights: …\n") and "torchao" in answer.stdout
+
+
 def test_doctor_tries_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     (llama,) = [check for check in examine() if check.name == "llama-cpp-python"]
     assert llama.state == "ok" and "8-bit" in llama.found
@@ -337,17 +403,18 @@ def test_doctor_says_what_the_test_rows_can_show(tmp_path, monkeypatch, capsys) 
     rows = [{"text": f"{word} number {i} {'ab'[i % 2] * (i % 7 + 1)}", "label": i % 2} for i, word in enumerate(WORDS)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     settings = Settings(dataset=str(tmp_path / "rows.jsonl"), test_share=0.3)
-    found, unused = doctor._ask_what_is_here(settings, None)
+    found, unused, counts = doctor._ask_what_is_here(settings, None)
+    assert sum(counts.values()) == len(rows)
     assert unused == [] and found["counts"]["all"] == pytest.approx(0.3 * len(rows), abs=4)
     text = doctor.rows_text(settings, found)
     assert f"exclude a loss of {found['least']['all']:.2g} points on all {found['counts']['all']} rows" in text
     assert "less than 1 point takes independent rows" in text and "316 (0 %)" in text
     assert doctor.rows_text(settings, None) == ""
     (tmp_path / "README.md").write_text("The label is 0 or 1.")
-    folded, unused = doctor._ask_what_is_here(Settings(dataset=str(tmp_path / "rows.jsonl"), folds=4), None)
+    folded, unused, _ = doctor._ask_what_is_here(Settings(dataset=str(tmp_path / "rows.jsonl"), folds=4), None)
     assert unused == ["not used: what the file 'README.md' says of labels"]
     assert folded["counts"]["all"] == len(rows) and folded["worth"]["all"] > 3 * found["worth"]["all"]
-    assert doctor._ask_what_is_here(Settings(dataset="org/elsewhere"), None) == (None, [])
+    assert doctor._ask_what_is_here(Settings(dataset="org/elsewhere"), None) == (None, [], {})
 
 
 @pytest.mark.parametrize(
@@ -371,3 +438,15 @@ def test_doctor_refuses_what_01_refuses(asked: dict, found: str, home: Path) -> 
 
 
 WORDS = ["".join(chr(97 + (i * k) % 26) for k in (1, 3, 5, 7, 11)) for i in range(100)]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "utf-8"])
+def test_json_is_json_on_any_terminal(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "u.yaml").write_text('system_prompt: "Café 😀"\n', encoding="utf-8")
+    found = workbook("params", "--complete", str(tmp_path / "u.yaml"), "--json", PYTHONIOENCODING=encoding)
+    assert "Caf" in found.stdout and "Café 😀" in json.dumps(json.loads(found.stdout), ensure_ascii=False)
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--revision for a base model on this disk"):
+        merge(str(tmp_path), str(tmp_path), tmp_path / "out", revision="abc")

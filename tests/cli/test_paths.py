@@ -57,7 +57,7 @@ WRITTEN = {
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    tiny_gguf.write(tmp_path / GOOD, layers=1)
+    tiny_gguf.write(tmp_path / GOOD, layers=1, tokens=tiny_gguf.WITH_MERGE)
     (tmp_path / "FOLDER").mkdir()
     (tmp_path / "TEXT.txt").write_text("text\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from lib.cli.evaluate import read_text
+from lib.cli.perplexity import read_text
 from lib.errors import InputError
 from lib.runs.files import sha256_file
 from lib.runs.machine import llama_cpp_problem

@@ -13,7 +13,7 @@ import pytest
 
 from lib.errors import InputError
 from lib.hub import fetching, transport
-from lib.hub.fetching import HubRepository, fetch
+from lib.hub.fetching import HubRepository, fetch, fetch_text
 from lib.hub.sources import SourceError, parse
 from tests.support.hub_fixture import hub  # noqa: F401
 from tests.support.hub_server import Hub
@@ -53,6 +53,7 @@ def test_whole_download_then_cache(repository: Hub, name: str, monkeypatch: pyte
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     repository.close()
     assert fetch(name, "main", "model") == found
+    assert fetch_text(name, "main", "model", "config.json").encode() == FILES["config.json"]
     repository.__init__()  # the fixture closes it once more
 
 

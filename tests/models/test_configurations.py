@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lib.errors import InputError
-from lib.models.configurations import ACTIVATIONS, check_adapter_configuration, check_configuration
+from lib.models.configurations import ACTIVATIONS, as_peft_reads, check_adapter_configuration, check_configuration
 
 FILE = Path("m/config.json")
 GOOD = {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -36,6 +36,16 @@ GOOD = {"model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4, "num
         ({"architectures": "Qwen2ForCausalLM"}, "architectures is 'Qwen2ForCausalLM'"),
         ({"attn_implementation": "kernels-community/evil"}, "attn_implementation is 'kernels-community/evil'"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+        ({"num_nextn_predict_layers": "x"}, "num_nextn_predict_layers is 'x'"),
+        *(({"_attn_implementation": own}, "_attn_implementation is") for own in ("a/b", "flash_attention_2", 5)),
+        ({"pad_token_id": 100, "vocab_size": 100}, "pad_token_id is 100"),
+        ({"layer_types": ["sliding_attention"] * 2}, "sliding_window is None"),
+        *(({key: value}, f"{key} is") for key in ("dtype", "torch_dtype") for value in ("torch.bfloat16", "foo", 5)),
+        *(({key: value}, f"{key} is") for key in ("use_cache", "use_sliding_window") for value in (0, 1, "false")),
+        *(({key: "x"}, f"{key} is 'x'") for key in ("max_window_layers", "num_labels", "attention_dropout")),
+        *(({"id2label": value}, "id2label") for value in (["a"], {"a": "b"}, {"0": 1})),
+        *(({key: value}, f"{key} is") for key, value in (("initializer_range", 0), ("layer_types", []))),
+        *(({key: value}, f"{key} is") for key, value in (("return_dict", False), ("output_attentions", True))),
     ],
 )
 def test_odd_values_of_a_model(odd: dict[str, Any], said: str) -> None:
@@ -65,6 +75,7 @@ def test_odd_values_of_a_model(odd: dict[str, Any], said: str) -> None:
         ({"init_lora_weights": {"a": 1}}, "init_lora_weights is {'a': 1}"),
         ({"trainable_token_indices": ["a"]}, "trainable_token_indices.0 is 'a'"),
         ({"bias": "some"}, "bias is 'some'"),
+        *(({"lora_dropout": value}, "lora_dropout is") for value in ("x", 5, -1, True)),
     ],
 )
 def test_odd_values_of_an_adapter(odd: dict[str, Any], said: str) -> None:
@@ -94,3 +105,28 @@ def test_the_activations_are_those_of_transformers() -> None:
     from transformers.activations import ACT2FN
 
     assert set(ACTIVATIONS) <= set(ACT2FN)
+
+
+def test_common_values_of_a_model_are_left_alone() -> None:
+    common = {
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "attention_dropout": 0,
+        "pad_token_id": 99,
+        "vocab_size": 100,
+    }
+    common |= {"id2label": {"0": "LABEL_0"}, "return_dict": True, "output_attentions": False, "torch_dtype": "bfloat16"}
+    common |= {"layer_types": ["full_attention"] * 2, "sliding_window": None, "_attn_implementation": "sdpa"}
+    assert check_configuration(FILE, GOOD | common) == GOOD | common
+
+
+@pytest.mark.parametrize("key", ["lora_dropout", "rank_pattern", "alpha_pattern", "bias", "trainable_token_indices"])
+def test_what_merging_takes_for_nothing_is_not_handed_to_peft(key: str) -> None:
+    from peft import LoraConfig
+
+    given = {"peft_type": "LORA", "r": 8, key: [] if key == "trainable_token_indices" else None}
+    handed = as_peft_reads(check_adapter_configuration(FILE, {**given, "layers_pattern": "layers"}))
+    assert handed == {"peft_type": "LORA", "r": 8}
+    LoraConfig(**handed)
+    both = {"layers_pattern": "layers", "layers_to_transform": [0]}
+    assert as_peft_reads(both) == both

@@ -99,7 +99,8 @@ def test_old_shards_do_not_reach_the_gguf(model: Path, tmp_path: Path, no_load: 
 @pytest.fixture(autouse=True)
 def untried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders are described without trying their templates out, which takes a process each."""
-    monkeypatch.setattr("lib.models.inspect.describe_template", lambda text: {"text": text, "problem": None})
+    usable = {"own_system_turn": False, "no_system_turn": None, "problem": None}
+    monkeypatch.setattr("lib.models.inspect.describe_template", lambda text: {"text": text, **usable})
 
 
 @pytest.fixture
@@ -351,7 +352,15 @@ def test_rope_that_stands_twice_is_that_of_transformers(
     assert any("rope_scaling is read" in note for note in inspect(model)["notes"])
 
 
-SIZES = {
+def test_no_theta_of_the_rope_is_no_default(model: Path) -> None:
+    configured(model, rope_theta=1e4, rope_parameters={"rope_type": "default", "rope_theta": None})
+    with pytest.raises(InputError, match="rope_theta is None"):
+        check_model_folder(model)
+    configured(model, rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    assert as_transformers(model).size and check_model_folder(model)
+
+
+SIZES: dict[str, tuple[Any, ...]] = {
     "num_hidden_layers": (1, 3, 9_999, 10**9, 0, "2", [2], 10**21),
     "hidden_size": (128, 10**9, -1, True, 64.0),
     "intermediate_size": (95, 10**12, {}),
@@ -364,6 +373,9 @@ SIZES = {
     "eos_token_id": (10**12, "x", [1, "x"]),
     "rope_scaling": ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 10**12}, [1], "linear"),
     "rope_parameters": ({"rope_type": "linear", "factor": 0}, {"rope_theta": -1.0, "rope_type": "default"}),
+    "rope_theta": (None, -1),
+    "head_dim": (None, 0),
+    "quantization_config": ({}, {"quant_method": None, "bits": 4}),
     "transformers_weights": ("other.safetensors",),
 }
 

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lib.cli.__main__ import app
 from lib.cli.models import as_text, examine
 from lib.errors import InputError
+from lib.models.base_model import refuse_bad_template
 from lib.models.gguf_file import read_metadata
 from lib.models.inspect import inspect
 from lib.models.unpack import unpack
+from lib.prompts import templates
 from lib.prompts.templates import describe_template
 from lib.runs.machine import llama_cpp_problem
 from lib.serve.listening import ServeOptions
@@ -166,7 +170,7 @@ WRONG = {
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "no tokenizer"),
     "no template": (text("tokenizer_config.json", "{}"), "no chat template"),
     "broken template": (text("chat_template.jinja", "{% for %}"), "cannot be rendered"),
-    "template that drops the user": (text("chat_template.jinja", "hello"), "leaves the user's words out"),
+    "template that drops the user": (text("chat_template.jinja", "hello"), "leaves the turn of the user out"),
     "other number of layers": (configured(num_hidden_layers=3), "says 3 layers, the weights have 2"),
     "untied without matrix": (configured(tie_word_embeddings=False), "lacks 1 tensors that a qwen2 model"),
     "ids beyond the embeddings": (
@@ -207,6 +211,16 @@ def test_what_is_wrong_with_an_adapter(here: Path) -> None:
     assert inspect(adapter)["kind"] == "adapter" and "no adapter_config.json" in inspect(adapter)["problems"][0]
 
 
+@pytest.mark.parametrize("base", ["\0", "a" * 5000, "~nosuchuser/x", "no/such"])
+def test_a_base_that_is_no_path_is_only_not_there(here: Path, base: str) -> None:
+    adapter = here / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    report = examine(adapter)
+    assert report["problems"] == []
+    assert "its base model is no folder on this disk: whether it fits was not checked" in report["notes"]
+
+
 def test_other_things(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("hello")
     assert inspect(tmp_path)["kind"] == "unknown" and "x.txt" in inspect(tmp_path)["problems"][0]
@@ -223,11 +237,54 @@ def test_other_things(tmp_path: Path) -> None:
         "{{ 'a' * 10**10 }}",
         "{{ raise_exception('no') }}",
         "{{ messages.pop() }}",
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
     ],
 )
 def test_malicious_templates_end_as_sentences(template: str) -> None:
     found = describe_template(template)
     assert found["problem"] is not None and "\n" not in found["problem"]
+
+
+def test_a_template_is_stopped_by_the_time_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.prompts.templates.SECONDS", 1)
+    found = describe_template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    assert "trying the chat template computed longer than it may" in found["problem"]
+
+
+def test_a_template_is_not_stopped_while_it_waits_for_a_processor() -> None:
+    started = time.monotonic()
+    waits = "import time\ndef wait(_):\n    time.sleep(3)\n    return {}\n"
+    limited = "from lib.runs.child import limit_computing\nlimit_computing(1)\n"
+    subprocess.run([sys.executable, "-c", f"{limited}{waits}wait(None)"], cwd=PROJECT, check=True)
+    assert time.monotonic() - started > 3 and templates.PATIENCE > 10 * templates.SECONDS
+
+
+REFUSES_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+DROPS_SYSTEM = CHATML.replace("messages %}", "messages if m.role != 'system' %}")
+
+
+@pytest.mark.parametrize("template", [REFUSES_SYSTEM, DROPS_SYSTEM])
+def test_a_template_without_system_turn_is_usable_without_a_system_prompt(
+    here: Path, tmp_path: Path, template: str
+) -> None:
+    (here / "model" / "chat_template.jinja").write_text(template)
+    report = inspect(here / "model")
+    assert report["problems"] == [] and report["template"]["takes_system_turn"] is False
+    assert any(note.startswith("usable without a system prompt only") for note in report["notes"])
+    refuse_bad_template(here / "model", system_turn=False)
+    with pytest.raises(InputError, match="writes no system turn"):
+        refuse_bad_template(here / "model")
+
+
+def test_ask_takes_such_a_model_without_a_system_prompt_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path / "model", "qwen2")
+    (model / "chat_template.jinja").write_text(REFUSES_SYSTEM)
+    ask = ["ask", str(model), "--prompt", "x", "--max-new-tokens", "2"]
+    assert not app(ask, standalone_mode=False)
+    assert app([*ask, "--system-prompt", "S"], standalone_mode=False) == 2
+    assert "writes no system turn" in capsys.readouterr().err
 
 
 def test_templates_of_the_real_models(shared_data: Path) -> None:

@@ -156,6 +156,28 @@ def test_adapter_that_does_not_fit_is_refused(model: Path, tmp_path: Path, chang
         load_model(model, adapter=folder)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"layer_replication": [[0, 1], [0, 1]]}, {"trainable_token_indices": [5], "modules_to_save": ["lm_head"]}],
+    ids=str,
+)
+def test_adapter_that_is_built_and_cannot_be_computed_is_refused(model: Path, tmp_path: Path, options: dict) -> None:
+    """peft saves and loads both, and neither answers."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    get_peft_model(load_model(model), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"the adapter .* does not fit"):
+        load_model(model, adapter=tmp_path / "adapter")
+
+
+def test_model_that_is_built_and_cannot_be_computed_is_refused(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "layer_types": ["linear_attention"]}))
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(model)
+
+
 def test_adapter_as_pickle_is_refused(model: Path, tmp_path: Path) -> None:
     folder = _adapter(model, tmp_path / "adapter")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")

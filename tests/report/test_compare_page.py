@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
 
 from lib.report import compare_page
+from lib.scoring.answer_metrics import measured
 from lib.scoring.log_probabilities import AnswerScores, Scores
 from lib.scoring.metric import ACCURACY, ANSWER_PERPLEXITY, Metric, RowGroups, compare
+from lib.scoring.text_metrics import summarise
 from lib.stages.compare.changes import agreements
 from lib.statistics.noninferiority import least_margin, rows_for
 
@@ -22,6 +26,9 @@ IDS = [f"r{i}" for i in range(N)]
 GROUPS = RowGroups(np.arange(N) * 3 // 4, np.arange(N) % 3 > 0)
 SIZE = {"bits_per_weight": 8.5, "peak_memory_mib": 50.0, "generation_tokens_per_second": 90.0, "file": "m.gguf"}
 SIZE |= {"generation_tokens_per_second_range": [80.0, 95.0], "same_top": 0.9, "ppl": 9.0, "n_tokens": 4080}
+SIZE |= {f"{kind}_runs": 3 for kind in ("load", "prompt", "generation")}
+SIZE |= {"load_seconds": 0.1, "load_seconds_range": [0.1, 0.2], "prompt_tokens_per_second": 900.0}
+SIZE |= {"prompt_tokens_per_second_range": [880.0, 950.0], "seconds_per_sample": 0.01}
 SIZE |= {
     "retention": 0.8,
     "retention_interval": [0.7, 0.9],
@@ -30,6 +37,10 @@ SIZE |= {
     "ppl_ratio": 1.1,
 }
 TEXT = {"kld_uncertainty": 1e-3, "kld_median": 1e-3, "kld_p99": 0.1, "kld_max": 0.2, "kld_mean_interval": None}
+
+
+ANSWER = {"tokens": 4, "ended": True, "first_token_seconds": 0.01, "seconds": 0.1, "tokens_per_second": 40.0}
+ANSWER |= {"measured": {"intact": True}, "same_text": False, "same_start": 0.5, "chrf": 50.0}
 
 
 def labels(noise: float, seed: int) -> Scores:
@@ -58,7 +69,8 @@ def made(metric: Metric, scores: dict[str, Any]) -> SimpleNamespace:
         text = {"kld_mean": kld, "kld_low": 0.9 * kld, "kld_high": 1.1 * kld, **TEXT}
         entry = {"type": name, "kind": "gguf", "bytes": 10**6 * (9 - place), **SIZE, **text}
         verdict = "reference" if name == reference else "not shown"
-        files.append({**entry, **judged["" if name == reference else name], "verdict": verdict})
+        classes = metric.classes(scores[name], ("bad", "good"))
+        files.append({**entry, **judged["" if name == reference else name], **classes, "verdict": verdict})
     written = {
         "reference": reference,
         "same_text": dict.fromkeys(scores, 2),
@@ -80,14 +92,29 @@ def made(metric: Metric, scores: dict[str, Any]) -> SimpleNamespace:
         agreement=agreements(scores, None) if metric is ACCURACY else [],
         conditions={"window_tokens": 128, "floor": 50.0, "processor": "a CPU", "n_threads": 2},
         recommendation={
-            "text": "One.\n\nTwo.",
+            "headline": "No file is shown.",
+            "text": "<b>Sure</b>.",
+            "details": "One.\n\nTwo.",
+            "warning": "Beware.",
+            "margin": 1.0,
+            "unit": metric.loss_unit,
             "rule": "The rule.",
             "formulas": "z = 1",
             "type": None,
-            "reason": "insufficient",
+            "reason": "not shown",
         },
         retention_note="A note.",
         written=written,
+        generated=[
+            {
+                "id": f"r{i}",
+                "question": f"question {i}",
+                "reference": "the reference",
+                "answers": {name: ANSWER | {"text": f"says {min(place, 1)}"} for place, name in enumerate(scores)},
+            }
+            for i in range(2)
+        ],
+        prompts={"set": "", "prompts": []},
         scores=scores.__getitem__,
     )
 
@@ -99,19 +126,58 @@ COMPARISONS = {
 both = pytest.mark.parametrize("kind", COMPARISONS)
 
 
+def test_files_with_one_answer_share_a_line() -> None:
+    speeds, texts = compare_page.page_of(COMPARISONS["answers"]).written()[2:]
+    assert texts.data.count("says 1") == texts.data.count("Q8_0, Q2_K") == texts.data.count("says 0") == 2
+    assert texts.data.count("reference answer") == 2 and "2 of 2 test rows and 0 prompts" in texts.data
+    assert "0/2" in speeds.data and "50%" in speeds.data and "40.0" in speeds.data
+
+
+def test_the_label_that_a_file_lost_most_of_is_named() -> None:
+    result = COMPARISONS["labels"]
+    table = compare_page.page_of(result).tests()[2].data
+    classes = [entry["per_class"] for entry in result.files]
+    change = {name: classes[2][name]["recall"] - own["recall"] for name, own in classes[0].items()}
+    lost = min(change, key=lambda name: change[name])
+    assert change[lost] < 0 and f"{100 * change[lost]:+.2f}".replace("-", "−") in table.replace("-", "−")
+    assert f"{classes[2][lost]['recall']:.3f}" in table and lost in table
+
+
 @both
 def test_every_part_of_the_page_is_there(kind: str) -> None:
     result = COMPARISONS[kind]
     page = compare_page.page_of(result)
-    alone = [page.answer(), page.sizes(), page.quality(), page.differences(), page.divergences(), page.learned()]
-    parts = [*alone, *page.detectable(), *page.tests(), *page.kept(), *page.beside(), *page.disagreements()]
+    alone = [page.answer(), page.sizes(), page.quality(), page.differences(), page.learned()]
+    seen, unseen = (page.margins(), page.written()) if kind == "labels" else (page.written(), page.margins())
+    parts = [*alone, *page.detectable(), *page.tests(), *page.kept(), *seen, *page.disagreements(), *page.speeds()]
+    parts += filter(None, page.divergences())
+    assert seen and not unseen, "labels have margins, answers are written"
     assert all(part.data.strip() for part in parts)
-    assert alone[0].data == "> One.\n>\n> Two."
     assert "Q2_K" in alone[2].data and "nan" not in alone[2].data
-    assert "Recommended: **none**" in alone[-1].data and "Rule: The rule." in alone[-1].data
-    assert "runs/coursework/comparison/scores-TYPE.jsonl" in alone[-1].data
-    described = re.findall(r'alt="([^"]+)"', alone[1].data)
-    assert len(described) == 4 and ("accuracy" if kind == "labels" else "answer perplexity") in described[2]
+    rule = page.rule().data
+    assert "The rule." in rule and "z = 1" in rule and "runs/coursework/comparison/scores-TYPE.jsonl" in rule
+    (described,) = re.findall(r'<svg [^>]*aria-label="([^"]+)"', alone[1].data)
+    unit = "accuracy points" if kind == "labels" else "% of answer perplexity"
+    assert described.startswith(f"Loss by file size in {unit}, margin 1.") and "Q2_K 7.00 MB, loss" in described
+
+
+@both
+def test_the_answer_is_a_headline_its_certainty_and_what_folds(kind: str) -> None:
+    box = BeautifulSoup(compare_page.page_of(COMPARISONS[kind]).answer().data, "html.parser").div
+    lines = [(line.get("class"), line.get_text()) for line in box.find_all("p", recursive=False)]
+    assert lines == [(["headline"], "No file is shown."), (None, "<b>Sure</b>."), (["warning"], "Beware.")]
+    assert [line.get_text() for line in box.details.find_all("p")] == ["One.", "Two."]
+
+
+@both
+def test_the_conclusions_name_no_file_worse_that_was_not_shown_to_be(kind: str) -> None:
+    result = copy(COMPARISONS[kind])
+    assert "none is shown to be worse" in " ".join(compare_page.page_of(result).learned().data.split())
+    small = {**result.others[1], "verdict": "good enough", "loss": 0.5, "p_holm": 0.01}
+    result.others = [result.others[0], small]
+    assert "Some loss of Q2_K is certain, and shown" in " ".join(compare_page.page_of(result).learned().data.split())
+    result.others = [result.others[0], {**result.others[1], "verdict": "worse"}]
+    assert "Q2_K is shown to be worse" in " ".join(compare_page.page_of(result).learned().data.split())
 
 
 @both
@@ -140,7 +206,7 @@ def test_power_is_of_the_design() -> None:
 
 
 def test_the_table_of_tests_names_its_family() -> None:
-    tests, beside = compare_page.page_of(COMPARISONS["labels"]).tests()
+    tests, beside, _ = compare_page.page_of(COMPARISONS["labels"]).tests()
     assert "over 2 files and export folders" in tests.data
     entry = COMPARISONS["labels"].others[0]
     for limit in (entry["loss_limit"], entry["leak_free"]["loss_limit"]):
@@ -151,3 +217,15 @@ def test_the_table_of_tests_names_its_family() -> None:
 def test_what_answers_can_show_is_said_with_what_frequencies_reach() -> None:
     (words,) = compare_page.page_of(COMPARISONS["answers"]).detectable()
     assert "4,784 answer tokens. The one-sided limits lie" in words.data and "alone reach 50.0." in words.data
+
+
+def test_what_the_files_get_right_is_shown_by_type() -> None:
+    rows = [measured("entity_f1", answer, '[{"type": "地点", "text": "杭州"}]') for answer in ("[]", "x")]
+    right = [measured("entity_f1", row, row) for row in ['[{"type": "地点", "text": "杭州"}]'] * 2]
+    result = copy(COMPARISONS["answers"])
+    metrics = summarise({"F16": right, "Q8_0": right, "Q2_K": rows}, [0, 1], "F16")
+    result.written = {**result.written, "metrics": metrics}
+    parts = compare_page.page_of(result).written()[:3]
+    first, differences, types = (re.sub("<[^>]+>", " ", part.data).split() for part in parts)
+    assert "F1" in first and "readable" in first and "-1.00" in differences and "-0.50" in differences
+    assert types[-6:] == ["F16", "1.00", "Q8_0", "1.00", "Q2_K", "0.00"] and "(2)" in types

@@ -85,11 +85,3 @@ def test_marks() -> None:
     mark_names([], "")
     assert "‡" not in display.table([{"type": "Q5_K_M"}], "Files.").data
     assert "<caption>Rows.</caption>" in display.table([{"text": "see note ‡"}], "Rows.").data
-
-
-def test_columns_of_the_main_tables() -> None:
-    keys = ("bits_per_weight", "accuracy", "flips", "label_kld", "same_top", "ppl", "macro_f1", "answer_ppl", "mde")
-    keys += ("loss_difference", "p_holm", "equivalence_p_holm", "leak_free", "accuracy_interval", "answer_ppl_interval")
-    rows = [{**dict.fromkeys(keys), **e, "verdict": "reference"} for e in (FILES[2], entry("nf4", 1, 0.1, None))]
-    for made in (display.rows_of(f"compare.{name}", rows) for name in ("accuracies", "answers")):
-        assert [row["kept"] for row in made] == ["0.31 [0.28,\u00a00.34]", None]

@@ -10,7 +10,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from lib.report import html, index
+from lib.report import display, html, index
 from lib.report.html import problems_in
 from lib.report.index import Stage, summarise
 from lib.runs.files import write_json
@@ -56,6 +56,7 @@ COMPARISON = {
             "bits_per_weight": 16.0,
             "accuracy": 0.93,
             "accuracy_interval": [0.86, 0.97],
+            "n": 100,
         },
         {
             "type": "Q4_K_M",
@@ -64,11 +65,22 @@ COMPARISON = {
             "accuracy": 0.92,
             "accuracy_interval": [0.85, 0.96],
             "flips": 3,
+            "n": 100,
             "kld_mean": 0.0123,
-            "verdict": "not shown",
+            "verdict": "good enough",
+            "loss": 1.0,
+            "loss_interval": [-0.5, 1.9],
         },
     ],
-    "recommendation": {"type": "Q4_K_M", "text": "Ship Q4_K_M: the smallest file that is not shown to be worse."},
+    "recommendation": {
+        "type": "Q4_K_M",
+        "headline": "Take Q4_K_M: the smallest file that is good enough.",
+        "text": "At most 0.90 points are lost.",
+        "details": "All of it.",
+        "warning": "",
+        "margin": 1.0,
+        "unit": "accuracy points",
+    },
 }
 
 
@@ -79,6 +91,16 @@ def test_an_empty_run_gives_an_index_that_says_so(home: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert problems_in(text) == []
     assert "It stopped." in text and "not read yet" in text and "Which file?" not in text
+
+
+@pytest.mark.parametrize(("leak_free", "shown"), [(90, True), (100, False)])
+def test_leak_free_rows_are_told_apart_where_some_row_leaked(leak_free: int, shown: bool, home: Path) -> None:
+    run = open_run("full")
+    make(run, "data", {"floor.json": {"test": {"accuracy": 0.1}}}, facts=FACTS)
+    told = {"models": {"base": {"leak_free": {"n": leak_free}}}}
+    make(run, "evaluation", {"evaluation.json": told}, metrics=EVALUATION)
+    text = index.write_run_index(home / "reports" / "full", summarise(run), []).read_text(encoding="utf-8")
+    assert ("0.910 [0.830, 0.960]" in text.replace("\u00a0", " ")) == shown and "0.930" in text
 
 
 def test_the_index_shows_headline_numbers(home: Path) -> None:
@@ -92,11 +114,12 @@ def test_the_index_shows_headline_numbers(home: Path) -> None:
     plain = re.sub(r"<[^>]+>", " ", text).replace("\u00a0", " ")
     for words in (
         *("0.930 [0.860, 0.970]", "0.910 [0.830, 0.960]", "0.500 [0.404, 0.596]", "0.900 [0.820, 0.950]"),
-        *("Ship Q4_K_M: the smallest", "Q4_K_M ★", "1.25", "4.85", "0.0123", "not shown", "n = 100"),
-        *("Qwen/Qwen3-0.6B @ c1899de289a0", "a fallback"),
+        *("Take Q4_K_M: the smallest", "At most 0.90 points", "All of it.", "Q4_K_M ★", "1.25", "4.85", "0.012"),
+        *("Qwen/Qwen3-0.6B @ c1899de289a0", "a fallback", "good enough", "n = 100"),
     ):
         assert words in plain, words
     assert HOSTILE not in text and "&lt;script&gt;" in text
+    assert 'aria-label="Loss by file size in accuracy points, margin 1. Q4_K_M' in text.replace("\u00a0", " ")
     overview = index.write_all_index(home / "reports", 7).read_text(encoding="utf-8")
     assert problems_in(overview) == []
     assert "0.930 [0.860,\u00a00.970]" in overview and "Q4_K_M, 1.25 MB" in overview and "0 of 7 pages" in overview
@@ -125,7 +148,6 @@ def test_a_page_is_complete_and_readable(home: Path, write_notebook: Callable[..
     make(run, "data", {"a.json": 1}, facts=FACTS, notes=[stamp])
     path = write_notebook("01_data", "# Load the rows\nx = 1", "2", prose=["| a | b |\n|---|---|\n| 1 | 2 |"])
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells[-2].metadata["tags"] = ["remove_input"]
     notebook.cells[-1].metadata["tags"] = ["remove_cell"]
     figure = '<figure><img alt="it falls" src="data:image/png;base64,AA=="><figcaption>负面</figcaption></figure>'
     notebook.cells[-2].outputs = [
@@ -141,29 +163,32 @@ def test_a_page_is_complete_and_readable(home: Path, write_notebook: Callable[..
     assert "sample data: not a result about ChnSentiCorp" in text
     assert 'aria-current="page"' in text and "02_finetune.html" not in text
     assert "<figcaption>负面</figcaption>" in text and "IPython.core" not in text
-    assert "Load the rows" not in text, "remove_input was not respected"
+    assert "<summary>Code: Load the rows</summary>" in text and '<pre><span></span><span class="mi">2' not in text
     assert re.search(r'<div class="scroll"[^>]*><table', text), "a table does not scroll"
     assert "SHA-256" in text and "torch" in text and HOSTILE not in text
     assert text.count("<h1") == 1
 
 
 def test_the_comparison_opens_with_its_answer(home: Path, tmp_path: Path) -> None:
-    """Directly under the title and escaped, two paragraphs as on the overview; other pages have none."""
-    v4 = nbformat.v4
-    run = open_run("full")
-    advice = {"type": "Q4_K_M", "text": f"Ship Q4_K_M: it is <b>smallest</b>.\n\n{HOSTILE} was judged worse."}
-    make(run, "comparison", {"comparison.json": {**COMPARISON, "recommendation": advice}})
-    for name, opens in (("07_compare_quantized", True), ("06_quantize", False)):
-        path = tmp_path / f"{name}.ipynb"
-        cells = [v4.new_markdown_cell("# Title\n\n> What?"), v4.new_markdown_cell("# Another title")]
-        nbformat.write(v4.new_notebook(cells=cells), path)
-        page = html.render(path, summarise(run), [Stage(name, "Title", "What?", True)])
-        found = re.search(r"</h1>\s*<div class=\"answer\"><p>(.*?)</p><p>(.*?)</p></div>\s*<blockquote>", page, re.S)
-        assert bool(found) is opens and page.count('<div class="answer">') == opens and HOSTILE not in page
-        assert problems_in(page) == []
-    assert found is None
-    page = html.render(tmp_path / "07_compare_quantized.ipynb", summarise(open_run("nothing")), [])
-    assert '<div class="answer">' not in page
+    """The cell of the answer stands directly below title and question, wherever the notebook has it; escaped."""
+    v4, run, path = nbformat.v4, open_run("full"), tmp_path / "07_compare_quantized.ipynb"
+    advice = {**COMPARISON["recommendation"], "headline": "Take <b>Q4_K_M</b>.", "text": HOSTILE}
+    box = v4.new_output("display_data", {"text/html": display.markup("answer", advice, "more")})
+    other = v4.new_output("display_data", {"text/markdown": "Later."})
+    cells = [
+        v4.new_markdown_cell("# Title\n\n> What?"),
+        v4.new_markdown_cell("## Later"),
+        v4.new_code_cell("2", outputs=[other]),
+        v4.new_code_cell("1", outputs=[box], metadata={"tags": ["answer"]}),
+    ]
+    nbformat.write(v4.new_notebook(cells=cells), path)
+    page = html.render(path, summarise(run), [])
+    body = page.partition('<main id="content">')[2]
+    assert (
+        body.index("What?") < body.index('<div class="answer">') < body.index("Later</h2>") < body.index("Later.</p>")
+    )
+    assert page.count('<div class="answer">') == 1 and HOSTILE not in page and "<b>Q4_K_M" not in page
+    assert problems_in(page) == []
 
 
 @pytest.mark.parametrize(
@@ -175,13 +200,13 @@ def test_the_comparison_opens_with_its_answer(home: Path, tmp_path: Path) -> Non
 )
 def test_the_overview_explains_its_words(task: str, parameters: dict, words: tuple, home: Path, tmp_path: Path) -> None:
     run = open_run("full")
-    content = {**COMPARISON, "recommendation": {"type": "Q4_K_M", "text": "Ship.", "rule": "The smallest that …"}}
+    content = {**COMPARISON, "recommendation": {**COMPARISON["recommendation"], "rule": "The smallest that …"}}
     make(run, "data", {"task.json": {}}, facts={**FACTS, "task": task})
     given = {**parameters, "seed": 43}
     run.produce("comparison", lambda work: write_json(work.folder / "comparison.json", content), given)
     text = index.write_run_index(tmp_path, summarise(run), []).read_text(encoding="utf-8")
     assert problems_in(text) == []
-    reading = re.search(r"How to read this</h3>\s*<dl.*?</dl>", text, re.S)[0]
+    reading = re.search(r"How to read this</summary>\s*<dl.*?</dl>", text, re.S)[0]
     common = (
         "good enough",
         "not shown",

@@ -49,7 +49,7 @@ def test_results_of_the_run(tmp_path: Path) -> None:
     assert result["type"] == "Q8_0" and [text.split()[0] for text in left_out] == ["2-other.json", "3-damaged.json"]
     assert "which is not compared here" in left_out[0]
     phone, machine = steps_page.phones([result], [{**ENTRY, "type": "F16"}, ENTRY], "EPYC")
-    assert phone["generation, tokens/s"] == "7.9 (7.5 – 8.2)" and phone["stored tokens"] == "9 of 9"
+    assert phone["generation, tokens/s"] == "7.9 (7.5 – 8.2)" and phone["stored tokens"] == "9/9"
     assert machine["device"] == "this machine (EPYC)" and machine["prompt, tokens/s"] == "90.0 (80.0 – 95.0)"
     compared = SimpleNamespace(files=[ENTRY], conditions={"processor": "EPYC"})
     text = steps_page.shown_phones([result], left_out, compared, "quick")[1].data

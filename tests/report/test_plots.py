@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from types import SimpleNamespace
 
 import pytest
+from bs4 import BeautifulSoup
 
-from lib.report import charts, compare_page, display, quantize_page
+from lib.report import charts, compare_page, display, looks, quantize_page
+from lib.report.html import problems_in
 
 NAMES = ["负面", "正面"]
 HISTORY = [
@@ -22,6 +25,19 @@ ENTRY |= {"generation_tokens_per_second_range": [80.0, 95.0]}
 ENTRY |= {"accuracy": 0.9, "accuracy_interval": [0.85, 0.93], "n": 400}
 REFERENCE = {**ENTRY, "type": "F16", "kld_mean": 0.0, "kld_low": 0.0, "kld_high": 0.0}
 FOLDER = {**ENTRY, "type": "nf4", "kind": "folder"}
+LOST = [
+    REFERENCE,
+    {**ENTRY, "verdict": "good enough", "loss": -0.1, "loss_interval": [-0.7, 0.5], "loss_limit": 0.5},
+    {**ENTRY, "type": "Q4_K_M", "bytes": 2_000_000, "verdict": "not shown", "loss": 0.4, "loss_interval": None}
+    | {"loss_limit": None},
+    {**ENTRY, "type": "Q2_K", "bytes": 1_000_000, "verdict": "worse", "loss": 3.0, "loss_interval": [1.5, 4.5]}
+    | {"loss_limit": 4.5},
+]
+POINTS = [
+    {"part": part, "point": {"name": name, "estimate": middle, "low": middle - half, "high": middle + half, "n": n}}
+    for part, half, n in (("all", 0.1, 90), ("leak_free", 0.2, 30))
+    for name, middle in (("base", 0.5), ("fine-tuned", 0.8))
+]
 BIN = {"confidence": 0.7, "accuracy": 0.6, "low": 0.5, "high": 0.8, "n": 10}
 EMPTY_BIN = {"confidence": float("nan"), "accuracy": float("nan"), "low": 0.0, "high": 0.0, "n": 0}
 
@@ -30,14 +46,17 @@ FIGURES = {
     "length_histogram": lambda: charts.length_histogram({"train": [10, 20, 500], "test": [30, 40]}, 192),
     "learning_curves": lambda: charts.learning_curves(HISTORY, chosen_step=2),
     "estimates": lambda: charts.estimates(
-        "evaluate.wilson", [{"name": "base", "estimate": 0.5, "low": 0.4, "high": 0.6, "n": 9}], at=0.5, margin=0.01
+        "compare.accuracy_differences", LOST[1:], at=0.5, margin=0.01, reference="F16"
     ),
     "confusion": lambda: charts.confusion({"base": [[3, 1], [2, 4]], "fine-tuned": [[4, 0], [0, 6]]}, NAMES),
     "reliability": lambda: charts.reliability({"base": [BIN, EMPTY_BIN]}, "c"),
     "overlay_histogram": lambda: charts.overlay_histogram({"F16": [1.0, 2.0], "Q2_K": [0.5, 1.0]}, "margin, nats", "c"),
     "tensor_types": lambda: charts.tensor_types({"Q4_K_M": {"Q4_K": 1.5, "F32": 0.1}, "F16": {"F16": 4.0}}),
-    "size_quality": lambda: charts.size_quality([REFERENCE, ENTRY], ["F16", "Q8_0"]),
-    "size_quality with folders": lambda: charts.size_quality([REFERENCE, ENTRY, FOLDER], ["Q8_0"]),
+    "size_divergence": lambda: charts.size_divergence([REFERENCE, ENTRY], ["F16", "Q8_0"]),
+    "size_divergence with folders": lambda: charts.size_divergence([REFERENCE, ENTRY, FOLDER], ["Q8_0"]),
+    "speed_and_memory": lambda: charts.speed_and_memory([REFERENCE, ENTRY, FOLDER], ["Q8_0"]),
+    "size_loss": lambda: charts.size_loss(LOST, "Q8_0", 1.0, "accuracy points"),
+    "grouped_estimates": lambda: charts.grouped_estimates("evaluate.wilson", POINTS, at=0.5, patterns=False),
 }
 
 
@@ -46,7 +65,8 @@ def test_every_figure_is_described_and_has_its_glyphs(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a missing glyph or an empty legend is only a warning to matplotlib
         page = FIGURES[name]().data
-    assert re.search(r'<img style="max-width:100%" alt="[^"]{20,}" src="data:image/png;base64,', page)
+    drawn = r'<img style="max-width:100%" alt="[^"]{20,}" src="data:image/png;base64,'
+    assert re.search(drawn, page) or re.search(r'<svg role="img" aria-label="[^"]{20,}"', page)
     assert re.search(r"<figcaption>.+</figcaption>", page)
     assert "nan" not in page.split("base64,")[0]
 
@@ -56,7 +76,7 @@ def test_learning_curves_mark_the_chosen_step() -> None:
 
 
 def test_without_a_chinese_font_labels_are_english_and_the_caption_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(charts, "cjk_font", lambda: None)
+    monkeypatch.setattr(looks, "cjk_font", lambda: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         page = charts.label_balance({"train": [3, 4]}, NAMES).data
@@ -67,17 +87,17 @@ def test_a_font_installed_after_matplotlib_listed_them_is_found(monkeypatch: pyt
     from matplotlib import font_manager
 
     new = font_manager.findfont("DejaVu Sans Mono")
-    monkeypatch.setattr(charts, "CJK_FONTS", ("DejaVu Sans Mono",))
+    monkeypatch.setattr(looks, "CJK_FONTS", ("DejaVu Sans Mono",))
     monkeypatch.setattr(font_manager.fontManager, "ttflist", [])
     monkeypatch.setattr(font_manager, "findSystemFonts", list)
     try:
-        charts.cjk_font.cache_clear()
-        assert charts.cjk_font() is None
+        looks.cjk_font.cache_clear()
+        assert looks.cjk_font() is None
         monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [new])
-        charts.cjk_font.cache_clear()
-        assert charts.cjk_font() == "DejaVu Sans Mono"
+        looks.cjk_font.cache_clear()
+        assert looks.cjk_font() == "DejaVu Sans Mono"
     finally:
-        charts.cjk_font.cache_clear()
+        looks.cjk_font.cache_clear()
 
 
 def test_table_escapes_and_formats() -> None:
@@ -94,26 +114,61 @@ def test_tokens_mark_exactly_the_loss() -> None:
 
 
 def test_triangles_are_explained_only_where_there_are_some() -> None:
-    assert "triangles" in FIGURES["size_quality with folders"]().data
-    assert "triangles" not in FIGURES["size_quality"]().data
+    assert "triangles" in FIGURES["size_divergence with folders"]().data
+    assert "triangles" not in FIGURES["size_divergence"]().data
 
 
-def test_quality_stands_by_size_and_by_bits_with_speed_and_memory() -> None:
-    """Four panels, each with words of its own for readers who do not see it."""
-    page = FIGURES["size_quality with folders"]().data
-    described = re.findall(r'alt="([^"]+)"', page)
-    assert len(described) == page.count("<figcaption>") == 4
-    assert described[0].startswith("KL divergence by file size") and "Q8_0 3.00, KL 0.001" in described[0]
-    assert described[1].startswith("KL divergence by bits per weight") and "Q8_0 8.50, KL 0.001" in described[1]
-    assert "Q8_0 3.00 MB, accuracy 0.900" in described[2]
-    assert "Q8_0 90 tokens a second, 50 MiB" in described[3]
+def test_divergence_speed_and_memory_are_told_to_whoever_does_not_see_them() -> None:
+    told = [
+        FIGURES[name]().data.replace("\u00a0", " ") for name in ("size_divergence with folders", "speed_and_memory")
+    ]
+    assert 'alt="KL divergence by file size. Q8_0 3.00 MB, KL 0.001' in told[0]
+    assert "Q8_0 90 tokens a second, 50 MiB" in told[1]
+
+
+def test_loss_by_size_has_a_tooltip_for_every_file_and_its_verdict() -> None:
+    drawn = BeautifulSoup(FIGURES["size_loss"]().data.replace("\u00a0", " "), "html.parser")
+    tips = {group["id"]: group.title.get_text() for group in drawn.select("g[id^=file-]")}
+    assert {name: tip.replace("−", "-") for name, tip in tips.items()} == {
+        "file-Q8_0": "Q8_0, 3.00 MB: good enough, loss -0.10, at most +0.50 (accuracy points)",
+        "file-Q4_K_M": "Q4_K_M, 2.00 MB: not shown, loss +0.40 (accuracy points)",
+        "file-Q2_K": "Q2_K, 1.00 MB: worse, loss +3.00, at most +4.50 (accuracy points)",
+    }
+    alt = drawn.svg["aria-label"]
+    assert alt.startswith("Loss by file size in accuracy points, margin 1.") and "F16" not in alt
+    for name, verdict in (("Q8_0", "good enough"), ("Q4_K_M", "not shown"), ("Q2_K", "worse")):
+        assert re.search(rf"{name} [\d.]+ MB, loss [^;]+, {verdict}", alt)
+    assert "Ringed: Q8_0." in drawn.figcaption.get_text() and "on 400 test rows" in drawn.figcaption.get_text()
+
+
+def test_a_drawing_in_a_page_brings_nothing_that_loads_or_styles_the_page() -> None:
+    assert problems_in(f'<html lang="en"><title>t</title><body>{FIGURES["size_loss"]().data}</body></html>') == []
+    assert "<style" not in FIGURES["size_loss"]().data and "<metadata" not in FIGURES["size_loss"]().data
+
+
+def test_words_of_users_in_tooltips_are_text() -> None:
+    odd = {**LOST[1], "type": "<b>Q&"}
+    drawn = charts.size_loss([LOST[0], odd], None, 1.0, "points").data
+    assert "<b>" not in drawn and "&lt;b&gt;Q&amp;" in drawn
+
+
+def test_grouped_estimates_name_group_model_and_limits() -> None:
+    shown = FIGURES["grouped_estimates"]().data.replace("\u00a0", " ")
+    assert "all test rows, base 0.500 [0.400, 0.600]; all test rows, fine-tuned 0.800 [0.700, 0.900]" in shown
+    assert "leak-free rows, base 0.500 [0.300, 0.700]" in shown
+
+
+def test_where_guessing_lies_is_drawn_and_said() -> None:
+    told = charts.learning_curves(HISTORY, 2, guessing=math.log(2)).data
+    assert "Dotted: 0.693 nats, the loss of a model" in told.replace("\u00a0", " ")
+    assert "guess" not in charts.learning_curves(HISTORY, 2).data
 
 
 def test_formats_that_were_skipped_are_named_with_the_reason() -> None:
     gone = [{"format": "gptq", "reason": "llmcompressor not installed."}]
     files = [{"type": "Q8_0", "kind": "gguf"}, {"type": "nf4", "kind": "folder", "device": "cpu"}]
-    shown, reading = quantize_page.exports(SimpleNamespace(made=[], skipped=gone))
-    assert "no format was made" in shown.data and reading.data == "Skipped: **gptq** (llmcompressor not installed)."
+    (reading,) = quantize_page.exports(SimpleNamespace(made=[], skipped=gone))  # no table without a line
+    assert reading.data == "Skipped: **gptq** (llmcompressor not installed)."
     words = quantize_page.compared(files, gone)
     assert words.startswith("nf4: folders for transformers") and "gptq" in words and "recommendation leaves" in words
     assert quantize_page.compared(files[:1], []) == "Only GGUF files were compared."
@@ -131,9 +186,16 @@ def test_agreement_by_margin_is_shown_with_its_reading() -> None:
     assert row["near_ties"] == 3 and row["0.1 – 1"] is None
     assert row["< 0.1"].replace("\u00a0", " ") == "2/4 [10, 90]"
     text = compare_page.agreement_reading(pairs).data
-    assert "F16 gives 3 of 10 rows another label than merged: 2 of them are near ties" in text
-    assert "(4 rows in all), 1 have a margin of 1 nat or more" in text
+    assert "F16 gives 3 of 10 rows another label than merged. Near ties of the latter among them: 2" in text
+    assert "(4 in all rows); with a margin of 1 nat or more: 1." in text
     assert "7/10" in display.table(compare_page.agreement(pairs, {REFERENCE["type"]: 3}), "c").data
+
+
+def test_without_a_verdict_the_picture_of_sizes_speaks_of_none() -> None:
+    unjudged = [{**entry, "verdict": "no verdict"} for entry in LOST[1:]]
+    drawn = charts.size_loss([LOST[0], *unjudged], None, 1.0, "accuracy points").data
+    assert "by which no file is judged here" in drawn and "good enough" not in drawn
+    assert "judged here" not in FIGURES["size_loss"]().data
 
 
 def test_power_is_told_at_the_rows_of_the_run() -> None:
@@ -143,8 +205,8 @@ def test_power_is_told_at_the_rows_of_the_run() -> None:
 
 
 def test_limits_that_are_not_there_are_not_drawn() -> None:
-    point = {"name": "Q8_0", "estimate": 0.4, "low": None, "high": None, "n": 9}
-    assert "Q8_0 0.4 (no interval)" in charts.estimates("evaluate.wilson", [point]).data
+    shown = charts.estimates("compare.accuracy_differences", LOST[1:3], reference="F16").data
+    assert "Q4_K_M 0.4 (no interval)" in shown and "Q8_0 -0.1 [" in shown
 
 
 def test_what_an_interrupted_try_had_done_is_said() -> None:

@@ -18,9 +18,10 @@ import psutil
 import pytest
 
 from lib.errors import InputError
+from lib.models.base_model import fingerprint
 from lib.report import execute, runner
 from lib.report.runner import ReportError, _refuse_other_settings, ready, run_report
-from lib.runs.files import locked
+from lib.runs.locks import locked
 from lib.runs.run import open_run
 from lib.settings import Settings
 from lib.stages.data.cleaning import LabelledRows
@@ -108,14 +109,15 @@ def test_paths_are_found_from_where_the_user_stands(
 
 @pytest.mark.parametrize("key", ["dataset", "base_model", "adapter", "terms", "prompts_file", "imatrix", "fallbacks"])
 def test_of_two_files_the_current_folders_is_meant(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "d/x.txt" if key in ("terms", "prompts_file") else "d/x.csv"
     for place in ("project", "here"):
         (tmp_path / place / "d").mkdir(parents=True)
-        (tmp_path / place / "d" / "x.csv").write_text(f"text {place}\n")
+        (tmp_path / place / name).write_text(f"密钥 {place}\n")
     monkeypatch.setattr(runner.files, "PROJECT", tmp_path / "project")
     monkeypatch.chdir(tmp_path / "here")
     talk = {"task": "dialogue", "dataset": "none.csv", "system_prompt": ""}
-    given = {key: [{"dataset": "d/x.csv"}] if key == "fallbacks" else "d/x.csv"}
-    own = str(tmp_path / "here" / "d" / "x.csv")
+    given = {key: [{"dataset": "d/x.csv"}] if key == "fallbacks" else name}
+    own = str(tmp_path / "here" / name)
     found = getattr(ready(Settings(**talk | given)), key)
     assert found == ([{"dataset": own}] if key == "fallbacks" else own)
     monkeypatch.chdir(tmp_path / "project")
@@ -341,7 +343,10 @@ def test_a_base_that_05_would_refuse_is_refused_before_the_training(
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
     params.write_text(f"{params.read_text()}base_model: {base}\n")
-    own = STAGE.replace("'offline_base': True, 'base_model': 'offline'", "'base_model': base_model")
+    own = STAGE.replace(
+        "'offline_base': True, 'base_model': 'offline'",
+        f"'base_model': base_model, 'base_revision': '{fingerprint(base)}'",
+    )
     write_notebook("01_data", own, parameters="run_name: str = ''\nseed: int = 1\nbase_model: str = ''")
     for name in ("02_finetune", "03_evaluate", "04_merge", "05_convert_gguf"):
         write_notebook(name, "seed")

@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import jinja2
 import nbformat
@@ -16,7 +17,7 @@ from lib.report.sentences import joined, sentence
 from lib.statistics.intervals import IN_WORDS, Interval, estimate_text, limits_text
 
 PROJECT = Path(__file__).resolve().parents[2]
-FOLDER = sentences.TEMPLATES / "sentences" / "en"
+FOLDER = sentences.TEMPLATES / "sentences"
 
 METRICS = "(?:accuracy|answer_ppl|answer_loss)"
 
@@ -38,7 +39,9 @@ def asked() -> list[tuple[str, str, set[str] | None]]:
             if not isinstance(node, ast.Call) or not node.args or not isinstance(node.args[0], ast.Constant):
                 continue
             called = ast.unparse(node.func).rpartition(".")[2]
-            if called in ("sentence", "tell", "tabled") and re.fullmatch(r"\w+\.\w+", str(node.args[0].value)):
+            if called in ("sentence", "in_markdown", "tell", "absent", "axis_label", "tabled") and re.fullmatch(
+                r"\w+\.\w+", str(node.args[0].value)
+            ):
                 keys = {keyword.arg for keyword in node.keywords}
                 found.append((name, node.args[0].value, None if None in keys else keys))
     return found
@@ -103,12 +106,12 @@ def test_missing_and_superfluous_values_are_errors() -> None:
 
 
 def test_lines_are_joined_but_for_paragraphs_and_lists() -> None:
-    assert joined("\n a\n  b\n\n.\n¶\n- c\n d\n\n- e\n") == "a b.\n\n- c d\n- e"
+    assert joined("\n a\n  b\n\n.\n\x1d\n- c\n d\n\n- e\n") == "a b.\n\n- c d\n- e"
     assert joined("a .gguf\nb,\u00a0c\n(d)") == "a .gguf b,\u00a0c (d)"
 
 
 def test_filters() -> None:
-    template = sentences.environment("sentences/en", False).from_string(
+    template = sentences.environment("sentences", False).from_string(
         '{{ 0.1234 | percent(1) }}; {{ 1234567 | mb }}; {{ 1 | counted("row") }}; '
         '{{ 2 | counted("entry", "entries") }}; '
         '{{ ["a", "b", "c"] | listed }}; {{ 1234 | count }}; {{ [0.1, 0.2] | limits(".1f", words=True) }}; '
@@ -123,3 +126,18 @@ def test_one_formatter_of_intervals() -> None:
     assert limits_text(None) is limits_text([None, 1.0]) is limits_text([0.0, float("inf")]) is None
     assert estimate_text(0.9, [0.85, 0.93], ".2f") == f"{Interval(0.9, 0.85, 0.93):.2f}" == "0.90 [0.85,\u00a00.93]"
     assert estimate_text(0.9, [None, None], ".1f") == "0.9 (no interval)" and estimate_text(0.9, None, ".1f") == "0.9"
+
+
+@pytest.mark.parametrize("words", ["Qwen | tuned", "Qwen\nEVIL | line", "a\r\n b\u2028c", "| |"])
+def test_words_of_a_user_neither_cut_a_cell_nor_make_a_row(words: str) -> None:
+    base = SimpleNamespace(id=words, revision=None)
+    result = SimpleNamespace(base=base, trainable=1, total=2, trainable_share=0.5, dtype="float32", method="LoRA")
+    given = {"id": words, "revision": "", "base": words, "trained_on": words, "targets": [words]}
+    plain = sentences.word_rows("finetune.adopted_card", result=_named(result, "x"), given=dict.fromkeys(given, "x"))
+    rows = sentences.word_rows("finetune.adopted_card", result=result, given=given)
+    assert [row[0] for row in rows] == [row[0] for row in plain] and {len(row) for row in rows[1:]} == {2}
+    assert dict(rows[1:])["its own base model"] == words.strip()
+
+
+def _named(result: SimpleNamespace, name: str) -> SimpleNamespace:
+    return SimpleNamespace(**{**vars(result), "base": SimpleNamespace(id=name, revision=None)})

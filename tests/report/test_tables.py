@@ -50,7 +50,7 @@ def test_every_key_of_a_table_is_a_column_or_a_heading_of_its_own() -> None:
     """Keys of columns.yaml are words with underscores; a misspelled one would silently become a heading."""
     known = data_file("report/columns.yaml")
     plain = ("class", "confidence", "leaked", "model", "prompts", "row", "rows", "runtime", "support", "text")
-    plain += ("MB", "answer", "estimate", "evidence", "fits", "groups", "label", "loss", "name")
+    plain += ("MB", "answer", "estimate", "evidence", "fits", "group", "groups", "label", "loss", "name")
     plain += ("decoding", "prompt", "question", "reference", "threads")
     plain += ("bytes", "predicted")
     for name, table in data_file("report/tables.yaml").items():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lib.report import execute, runner
+from lib.report import execute, unchanged
 from lib.runs.run import Run, open_run
 from tests.report.test_runner import GOOD, STAGE, report
 from tests.support.pages import broken_links
@@ -73,7 +73,7 @@ def made(home: Path) -> tuple[Path, Path, dict[str, Any], Run]:
     for name in ("data", "adapter", "evaluation"):
         run.produce(name, lambda work: (work.folder / "file").write_text("1"), {})
     parameters = {"seed": 1, "force": False, "dataset": str(home / "rows.csv"), "adapter": "best-of:other"}
-    runner.remember_page(page, notebook, parameters, run)
+    unchanged.remember_page(page, notebook, parameters, run)
     return page, notebook, parameters, run
 
 
@@ -106,8 +106,8 @@ CHANGES: dict[str, Callable[[Path, Path, dict[str, Any], Run], Any]] = {
     "no page": lambda page, notebook, parameters, run: page.unlink(),
     "no executed notebook": lambda page, notebook, parameters, run: page.with_suffix(".ipynb").unlink(),
     "another executed notebook": lambda page, notebook, parameters, run: page.with_suffix(".ipynb").write_text("[]"),
-    "no record": lambda page, notebook, parameters, run: runner.record_of(page).unlink(),
-    "a damaged record": lambda page, notebook, parameters, run: runner.record_of(page).write_text("{"),
+    "no record": lambda page, notebook, parameters, run: unchanged.record_of(page).unlink(),
+    "a damaged record": lambda page, notebook, parameters, run: unchanged.record_of(page).write_text("{"),
     "the data set": lambda page, notebook, parameters, run: touch(Path(parameters["dataset"])),
     "a run to choose from": lambda page, notebook, parameters, run: other_run(run),
     "what a phone measured": lambda page, notebook, parameters, run: phone_result(run),
@@ -116,14 +116,14 @@ CHANGES: dict[str, Callable[[Path, Path, dict[str, Any], Run], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_brings_a_notebook_back(made: tuple[Path, Path, dict[str, Any], Run], change: str) -> None:
-    assert runner.unchanged_page(*made)
+    assert unchanged.unchanged_page(*made)
     CHANGES[change](*made)
-    assert not runner.unchanged_page(*made)
+    assert not unchanged.unchanged_page(*made)
 
 
 def test_a_later_product_and_the_library(made: tuple[Path, Path, dict[str, Any], Run], monkeypatch) -> None:
     make_again(made[3], "evaluation")
-    assert runner.unchanged_page(*made), "03 is no matter of page 02"
-    assert json.loads(runner.record_of(made[0]).read_text())["products"].keys() == {"data", "adapter"}
-    monkeypatch.setattr(runner, "_library", lambda: "another")
-    assert not runner.unchanged_page(*made)
+    assert unchanged.unchanged_page(*made), "03 is no matter of page 02"
+    assert json.loads(unchanged.record_of(made[0]).read_text())["products"].keys() == {"data", "adapter"}
+    monkeypatch.setattr(unchanged, "library", lambda: "another")
+    assert not unchanged.unchanged_page(*made)

@@ -19,6 +19,7 @@ from lib.report import charts, display
 from lib.report.html import harmless, problems_in, render
 from lib.report.index import summarise
 from lib.report.runner import run_report
+from lib.runs.render import as_written
 from lib.runs.run import open_run
 
 WORDS = (
@@ -38,7 +39,23 @@ EVIL = (
     "<a href=' java\tscript:alert(3)'>z</a>",
     '<a href="data:image/svg+xml,x">d</a>',
     "`code` **bold** _x_ | $a$",
+    "<style>body{display:none}</style>",
+    '<meta http-equiv="refresh" content="0;url=https://evil.example/">',
+    *(f"<{name}>" for name in ("plaintext", "textarea", "xmp", "template", "select", "noscript")),
+    "<link rel=stylesheet href=https://evil.example>",
+    "<video src=//evil.example>",
+    "<input type=image src=//evil.example>",
 )
+WRITTEN = (
+    *EVIL,
+    "</main><b>EVIL</b>",
+    "<title>",
+    '<div style="position:fixed;inset:0;background:url(//evil.example)">',
+    '<a href="https://evil.example">',
+    "<h1>EVIL</h1>",
+    '<img src="data:," alt="">',
+)
+"""Also what only Markdown must not let through."""
 
 
 @pytest.fixture
@@ -78,14 +95,50 @@ def test_a_warning_of_a_library_never_costs_a_run(page) -> None:
     assert problems_in(html) == [] and "constrained_layout not applied" in html
 
 
-@pytest.mark.parametrize("text", EVIL)
+@pytest.mark.parametrize("text", WRITTEN)
 def test_markup_of_parameters_and_rows_does_nothing(page, text: str) -> None:
-    written = v4.new_output("display_data", {"text/markdown": display.as_written(text)})
+    written = v4.new_output("display_data", {"text/markdown": as_written(text)})
     raw = v4.new_output("display_data", {"text/markdown": text, "text/plain": text})
     html = page(written, _shown(text), raw)
     assert problems_in(html) == [] and "Content-Security-Policy" in html
+    assert not BeautifulSoup(html, "html.parser").select("main b, main h1 + h1, main div[style*=fixed]")
+    assert not BeautifulSoup(page(written), "html.parser").select("main a, main b, main h1 + h1")
     main = BeautifulSoup(html, "html.parser").select_one("main").get_text()
     assert main.count(" ".join(text.split())) >= 2 or "\t" in text  # as it was written, in the sentence and the table
+
+
+MARKED = (
+    *WRITTEN,
+    "**x**",
+    "_x_",
+    "https://evil.example/a",
+    "[a][b]",
+    "![i](u)",
+    "# h",
+    "- x",
+    "1. x",
+    "a¶b",
+    "a\n\n- b",
+    "www.evil.example",
+    "https://evil.example [a](b)",
+)
+
+
+@pytest.mark.parametrize("text", MARKED)
+def test_words_of_users_in_sentences_are_shown_as_written(page, text: str) -> None:
+    """Alone in a sentence, joined to others, beside markup of the sentence, and through another macro."""
+    told = [
+        display.tell("evaluate.nothing_written", labels=[text, "b"]),
+        display.tell("display.made", message=text, left={"done": [text]}),
+        display.tell("quantize.not_measured", reason=text),
+        display.tell("compare.kept_reading", words={text: "3 %"}, poor=[text], little=0.1, note="", order=None),
+    ]
+    html = page(*(v4.new_output("display_data", {"text/markdown": one.data}) for one in told))
+    main = BeautifulSoup(html, "html.parser").select_one("main")
+    assert problems_in(html) == [] and not main.select("a, em, img, code, del, li, h1 + h1, h2, h3, p + p")
+    assert [strong for strong in main.select("b, strong") if strong.get_text() == "x"] == []
+    shown = " ".join(main.get_text().split())
+    assert shown.count(" ".join(text.split())) >= 4
 
 
 PARAMETERS = 'run_name: str = "test"  # name\nuser_prompt: str = "{text}"  # turn\ndataset: str = "sample"  # data'
@@ -109,7 +162,7 @@ def test_parameters_that_changed_are_words_in_a_real_report(
     """The sentence "parameters changed: …", stamps, cards and both indexes."""
     write_notebook("01_data", CHANGED, parameters=PARAMETERS)
     params.write_text("run_name: test\n", encoding="utf-8")
-    evil = " ".join(EVIL)
+    evil = " ".join(EVIL[:9])
     for overrides in ({}, {"user_prompt": f"{evil} {{text}}", "dataset": f"{home}/{EVIL[2]} {EVIL[1]}.csv"}):
         result = run_report(params, overrides, notebooks=home / "notebooks", say=lambda _: None)
     pages = [page.read_text(encoding="utf-8") for page in (*result.pages, result.index, home / "reports/index.html")]

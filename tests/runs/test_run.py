@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -239,3 +240,23 @@ def test_disk_and_json_refusals(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         read_json(tmp_path / "m.json")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"outputs": {"a.txt": {"bytes": 1}}},
+        {"outputs": {"a.txt": {"sha256": "0"}}},
+        {"product": "adapter"},
+        {"facts": {"rows": None}},
+    ],
+)
+def test_an_entry_that_lacks_what_is_used_is_damage(home: Path, odd: dict) -> None:
+    run = open_run("t")
+    run.produce("data", write("x"), {})
+    path = run.folder / "manifest.json"
+    content = json.loads(path.read_text())
+    content["products"]["data"] |= odd
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="of another version or damaged"):
+        open_run("t").manifest.entries()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.runs.files import atomic_path, remove_abandoned
+from lib.runs.files import atomic_path, new_folder, remove_abandoned, write_text
 
 
 def _half(final: Path, begun: multiprocessing.Event, alone: bool) -> None:
@@ -54,10 +54,49 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     for name in (".a.gguf.x1.part", ".b.json.x2.part"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("x")
-    assert remove_abandoned(tmp_path, "a.gguf")
-    assert [path.name for path in tmp_path.iterdir()] == [".b.json.x2.part"]
-    assert remove_abandoned(tmp_path)
-    assert not list(tmp_path.iterdir())
+    write_text(tmp_path / "a.gguf", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.json.x2.part", "a.gguf"]
+    remove_abandoned(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("model.gguf", "model"),
+        ("out.1", "out"),
+        ("a.json", "a"),
+        ("n" * 90 + "1", "n" * 90 + "2"),
+        ("名" * 82, "名" * 83),
+    ],
+)
+def test_two_outputs_whose_names_begin_alike_are_both_written(tmp_path: Path, one: str, other: str) -> None:
+    with atomic_path(tmp_path / one, alone=True) as first:
+        first.write_text("1")
+        with new_folder(tmp_path / other) as second:
+            (second / "x").write_text("2")
+    assert (tmp_path / one).read_text() == "1" and (tmp_path / other / "x").read_text() == "2"
+
+
+def _write_often(final: Path, failed: multiprocessing.queues.SimpleQueue) -> None:
+    try:
+        for number in range(150):
+            write_text(final, f"{number} ")
+    except OSError as error:
+        failed.put(repr(error))
+
+
+def test_many_short_writes_of_one_file_never_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBOOK_FSYNC", "0")
+    context = multiprocessing.get_context("fork")
+    failed = context.SimpleQueue()
+    writers = [context.Process(target=_write_often, args=(tmp_path / "race.json", failed)) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert failed.empty(), failed.get()
+    assert [path.name for path in tmp_path.iterdir()] == ["race.json"]
 
 
 def test_a_pipe_is_never_replaced(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.errors import InputError
+from lib.errors import InputError, closed_to_reading
 from lib.progress import Progress
 from lib.report.index import write_all_index
 from lib.runs import files
@@ -91,12 +91,19 @@ def test_a_journal_line_is_never_written_in_part(tmp_path: Path, monkeypatch: py
 AS_ANOTHER = """
 import os, sys, tempfile
 from pathlib import Path
+from lib.errors import as_input_error, closed_to_reading, refusal
 from lib.report.index import write_all_index
 from lib.runs.run import open_run
 home, group = Path(os.environ["WORKBOOK_HOME"]), int(sys.argv[1])
 def change(name, text, seed):
     run = open_run(name)
     return run.produce("data", lambda draft: (draft.folder / "a").write_text(text) and None, {"seed": seed}).message
+def read(path):
+    try:
+        return Path(path).read_text()
+    except OSError as error:
+        return as_input_error(error)
+refusal("lib/closed", path="")
 with tempfile.TemporaryDirectory() as own:  # what they import may be closed to others, too
     os.environ["WORKBOOK_HOME"] = own
     change("t", "x", 1), change("t", "x", 2), write_all_index(Path(own, "reports"))
@@ -140,6 +147,29 @@ def test_a_run_of_another_user_is_refused(root_run: Run) -> None:
     (old / "a").write_text("root's")
     (root_run.folder / ".lock").chmod(0o666)
     assert "InputError: Found: " in (said := as_another(change)) and "not open to this user" in said
+
+
+def test_inputs_of_another_user_are_named_with_what_to_do(root_run: Run, home: Path) -> None:
+    closed = home / "closed"
+    closed.mkdir()
+    file = closed / "rows.csv"
+    file.write_text("text,label\n")
+    for mode, of_file, named in ((0o755, 0o600, file), (0o700, 0o644, closed)):
+        closed.chmod(mode)
+        file.chmod(of_file)
+        said = as_another(f"read({str(file)!r})")
+        assert said.startswith(f"Found: {named} cannot be read (Permission denied). Expected: a file or folder that")
+    closed.chmod(0o755)
+    assert as_another(f"read({str(file)!r})") == "text,label"
+    assert as_another(f"read({str(closed / 'absent')!r})") == "None"
+
+
+def test_what_a_notebook_was_not_allowed_to_read_is_told_from_its_error(root_run: Run, home: Path) -> None:
+    error = f"PermissionError: [Errno 13] Permission denied: '{home}/closed/rows.csv'"
+    assert closed_to_reading(error) is None  # root may read all
+    assert closed_to_reading("KeyError: 'a'") is None
+    (home / "closed").mkdir(mode=0o700)
+    assert as_another(f"closed_to_reading({error!r})").startswith(f"Found: {home}/closed cannot be read")
 
 
 def test_users_of_one_group_share_a_run_where_the_umask_says_so(root_run: Run) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.cli import evaluate
+from lib.cli import perplexity as command
 from lib.errors import InputError
 from lib.scoring import perplexity
 from lib.scoring.measure import FEWEST_DOCUMENTS, Text, measure_in_child, summarize, tokenize_with_transformers
@@ -163,12 +163,12 @@ def test_one_document_a_row(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     rows = [{"text": "好\n\n好"}, {"text": " "}, {"text": "b"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    text = evaluate.read_text(path)
+    text = command.read_text(path)
     assert text.content == "好\n\n好\n\nb" and text.starts == (0, 6)
     path.write_text("".join(json.dumps({"body": "c", "n": 1}) + "\n"), encoding="utf-8")
-    assert evaluate.read_text(path, "body").content == "c"
+    assert command.read_text(path, "body").content == "c"
     with pytest.raises(InputError, match="text_column"):
-        evaluate.read_text(path)
+        command.read_text(path)
 
 
 def test_rows_of_all_splits_or_of_one(tmp_path, capsys):
@@ -177,15 +177,15 @@ def test_rows_of_all_splits_or_of_one(tmp_path, capsys):
         {"text": f"row {i} of {split}" if i else None, "split": split} for split in ("test", "train") for i in range(3)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    assert evaluate.read_text(path).content == "\n\n".join(
+    assert command.read_text(path).content == "\n\n".join(
         f"row {i} of {split}" for split in ("test", "train") for i in (1, 2)
     )
     assert "2 of 6 rows left out (2 without a text)" in capsys.readouterr().err
-    assert evaluate.read_text(path, split="train").content == "row 1 of train\n\nrow 2 of train"
+    assert command.read_text(path, split="train").content == "row 1 of train\n\nrow 2 of train"
     assert "4 of 6 rows left out (3 of test, 1 without a text)" in capsys.readouterr().err
     (tmp_path / "text.txt").write_text("a")
     with pytest.raises(InputError, match="is no table"):
-        evaluate.read_text(tmp_path / "text.txt", "text")
+        command.read_text(tmp_path / "text.txt", "text")
 
 
 def test_an_importance_matrix_is_measured_on_training_rows(tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_a_folder_beside_its_file(small):
 
 
 def test_what_the_note_says_of_number_format_and_context(small, monkeypatch):
-    monkeypatch.setattr("lib.models.loading.affordable_dtype", lambda *folders: "bfloat16")
+    monkeypatch.setattr("lib.scoring.measure.affordable_dtype", lambda *folders: "bfloat16")
     small.model.save_pretrained(small.folder)
     most = small.model.config.max_position_embeddings
     text = Text.of_rows(tiny.texts(most))

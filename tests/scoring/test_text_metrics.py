@@ -14,23 +14,23 @@ from scipy.stats import t
 
 from lib.errors import InputError
 from lib.prompts.templates import read_block, split_thinking
+from lib.runs.files import PROJECT
 from lib.scoring.text_metrics import (
     BROKEN,
-    SHIPPED_TERMS,
     UNFINISHED,
     WRITTEN,
     chrf_signature,
     common_length,
     longest_loop,
     measure,
-    read_prompts,
     read_stream,
-    read_terms,
     repeated_share,
     rouge_l,
     summarise,
     units,
 )
+from lib.scoring.word_lists import SHIPPED_TERMS, prompt_set, read_prompts, read_terms
+from lib.settings import load
 from lib.statistics.intervals import paired_score_interval, wilson
 from lib.statistics.paired import clustered_mean
 
@@ -100,8 +100,19 @@ def test_bad_lists_are_refused_in_words(tmp_path: Path, content: bytes, words: s
         read_terms(str(tmp_path / "absent.txt"))
 
 
+@pytest.mark.parametrize(
+    ("profile", "name"),
+    [("crypto-qwen3-4b-thinking", "cryptography"), ("counselling-qwen2.5-0.5b", "counselling"), ("quick", "")],
+)
+def test_a_run_asks_the_prompts_of_its_domain_or_none(profile: str, name: str) -> None:
+    settings = load(PROJECT / "params" / f"{profile}.yaml")
+    assert prompt_set(settings) == name
+    assert prompt_set(settings.model_copy(update={"prompts_file": "general"})) == "general"
+
+
 def test_prompts_shipped_and_own(tmp_path: Path) -> None:
-    shipped = read_prompts("")
+    assert read_prompts("") == []
+    shipped = read_prompts("counselling")
     assert len(shipped) == 5 and len({entry["prompt"] for entry in shipped}) == 5
     path = tmp_path / "prompts.txt"
     path.write_text("什么是AES？\t一种分组密码。\n你好\n", encoding="utf-8")
@@ -112,6 +123,37 @@ def test_prompts_shipped_and_own(tmp_path: Path) -> None:
     path.write_text("a\tb\tc", encoding="utf-8")
     with pytest.raises(InputError, match="3 parts"):
         read_prompts(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("p.txt", "\tParis\nWhat?\tYes", "line 1 begins with a TAB"),
+        ("p.txt", "What?\tYes\n \tno question", "line 2 begins with a TAB"),
+        ("q.jsonl", '{"prompt": "What is 2+2?", "reference": "4"}', "as JSON or a table"),
+        ("q.txt", '{"prompt": "a"}\n{"prompt": "b"}', "as JSON or a table"),
+        ("q.txt", '[{"prompt":"a"},\n{"prompt":"b"}]', "as JSON or a table"),
+        ("q.csv", "prompt,reference\nWhat is 2+2?,4", "as JSON or a table"),
+        ("q.tsv", "Question\tAnswer\nWhat is 2+2?\t4", "as JSON or a table"),
+        ("p.txt", "good\nFirst.\\nSecond", "line 2: prompt: .* no line end"),
+    ],
+)
+def test_what_is_no_list_of_prompts_is_refused(tmp_path: Path, name: str, content: str, words: str) -> None:
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=words):
+        read_prompts(str(path))
+    if "good" not in content and "Question" not in content:
+        with pytest.raises(InputError, match=words):
+            read_terms(str(path))
+
+
+def test_lines_end_where_they_are_seen_to_and_comments_are_counted(tmp_path: Path, capsys) -> None:
+    unseen = "a\u2028b\x85c\x0cd\x1ee\x0bf"
+    (tmp_path / "p.txt").write_bytes(f"{unseen}\r\n#1: what?\r# note\n{{1}} is\n[x] done\t\t{{}}".encode())
+    read = [(entry["prompt"], entry["reference"]) for entry in read_prompts(str(tmp_path / "p.txt"))]
+    assert read == [(unseen, ""), ("{1} is", ""), ("[x] done", "{}")]
+    assert "3 lines; left out as comments, which begin with #: 2" in capsys.readouterr().err
 
 
 def brute_force_lcs(one: tuple[str, ...], other: tuple[str, ...]) -> int:

@@ -150,8 +150,8 @@ def golden_pair(first: Path, second: Path) -> list[int]:
         name: values + 0.03 * tiny_gguf.noise(values.shape, 777 + i) if values.ndim > 1 else values
         for i, (name, values) in enumerate(weights.items())
     }
-    tiny_gguf.write(first, weights=weights, outtype="f32")
-    tiny_gguf.write(second, weights=near, outtype="f32")
+    tiny_gguf.write(first, weights=weights, outtype="f32", tokens=tiny_gguf.WITH_MERGE)
+    tiny_gguf.write(second, weights=near, outtype="f32", tokens=tiny_gguf.WITH_MERGE)
     return [(i * i * 7 + i * 13 + (i >> 3) * 5) % 256 for i in range(520)]
 
 

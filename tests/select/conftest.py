@@ -54,6 +54,7 @@ def make(home: Path) -> Make:
         train: int = 30,
         device: str = "cpu",
         loss: float = 0.5,
+        resumed: int | None = None,
     ) -> Run:
         talk = task is TALK
         run, rows = open_run(name), test_rows(len(values), talk) if rows is None else rows
@@ -67,8 +68,11 @@ def make(home: Path) -> Make:
 
         def adapter(work: Any) -> None:
             (work.folder / "adapter_model.safetensors").write_bytes(bytes([seed]) * adapter_bytes)
-            facts = {"train_rows": train, "seconds": seconds, "resumed_from": None, "throughput": 100.0}
-            write_json(work.folder / "training.json", {**facts, "total": 5000, "trainable": 1000})
+            facts = {"train_rows": train, "seconds": seconds, "resumed_from": resumed, "throughput": 100.0}
+            facts |= {"steps": 10, "chosen_step": 8, "total": 5000, "trainable": 1000}
+            write_json(work.folder / "training.json", facts)
+            losses = [{"step": step, "loss": 1 / step} for step in (4, 8, 10)]
+            write_jsonl(work.folder / "history.jsonl", [*losses, {"step": 8, "eval_loss": loss}])
             work.facts |= {"method": "LoRA"}
             work.metrics |= {"eval_loss": loss}
             work.device = device

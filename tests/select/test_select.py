@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from lib.cli.__main__ import app
 from lib.cli.report import seed_overrides
 from lib.errors import InputError
 from lib.report.index import recipe_table, run_table, write_all_index
@@ -37,6 +38,21 @@ def test_the_better_run_is_taken_however_large_and_slow(make: Make) -> None:
     assert behind["difference_interval"] == pytest.approx(exact.to_json()), "one pair: no correction"
     assert behind["p"] <= 2e-4 and binomtest(0, 50, 0.5).pvalue < 2e-4
     assert of(content, "runs", "good")["samples_per_second"] == pytest.approx(60 / 900, abs=1e-3)
+
+
+def test_a_resumed_training_shows_its_loss_and_the_rate_of_its_rest_which_does_not_decide(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = right(100, range(10))
+    make("whole", values, rank=1, seconds=100)
+    make("resumed", values, rank=2, seconds=10, resumed=6)
+    content = select(["whole", "resumed"])
+    shown = of(content, "runs", "resumed")
+    assert shown["training_loss"] == 1 / 8 and shown["tokens_per_second"] == 100
+    assert shown["samples_per_second"] == pytest.approx(30 * 2 * 0.4 / 10)
+    assert content["chosen"]["run"] == "whole"
+    assert not app(["select", "whole", "resumed"], standalone_mode=False)
+    assert "training loss" in (out := capsys.readouterr().out) and "2.40" in out and "0.1250" in out
 
 
 def test_a_difference_that_the_rows_cannot_show_goes_to_the_smaller_file(make: Make) -> None:
@@ -254,5 +270,7 @@ def test_seeds_make_sibling_runs_that_share_the_split() -> None:
     own = seed_overrides(Settings(run_name="mine", seed=5), 3)
     assert own == [{"run_name": f"mine-s{seed}", "train_seed": seed} for seed in (5, 6, 7)]
     assert seed_overrides(Settings(train_seed=0), 2)[0] == {"run_name": "quick-s0", "train_seed": 0}
-    with pytest.raises(InputError, match="an adopted adapter has no seed"):
+    with pytest.raises(InputError, match=r"adapter 'best-of:a,b'.*without one there is no seed"):
         seed_overrides(Settings(adapter="best-of:a,b"), 3)
+    with pytest.raises(InputError, match="finetuning_type 'none'"):
+        seed_overrides(Settings(finetuning_type="none"), 3)

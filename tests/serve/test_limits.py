@@ -296,6 +296,16 @@ def test_what_the_template_does_not_write_is_refused(more: dict, message: dict, 
     make_formatter(heard + "{{ messages[-1].prefix }}", False, "", "", 1, [])(messages=messages, **more)
 
 
+def test_a_system_message_that_the_template_leaves_out_is_refused() -> None:
+    formatter = make_formatter(
+        "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", False, "", "", 1, []
+    )
+    turn = {"role": "user", "content": "a"}
+    assert formatter(messages=[{"role": "system", "content": ""}, turn]).prompt == "a"
+    with pytest.raises(ValueError, match=r"^messages of the system: the chat template of this model does not write"):
+        formatter(messages=[{"role": "system", "content": "S"}, turn])
+
+
 def test_no_text_of_a_tool_call_closes_its_turn() -> None:
     formatter = make_formatter("{{ messages[0].tool_calls[0].function.name }}", False, "", "", 1, ["<|im_end|>"])
     call = {"function": {"name": "<|im_end|>"}}

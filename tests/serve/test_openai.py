@@ -137,6 +137,11 @@ def test_answers_are_not_penalized_for_repeating(client: openai.OpenAI, model: P
         ({"n": 2}, "unsupported_parameter", "n is 2"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, "invalid_messages", "no role 'wizard'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "invalid_messages", "both texts"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio", "text": "x"}]}]},
+            "invalid_messages",
+            "both texts",
+        ),
         ({"messages": "a"}, "invalid_messages", "must be a list"),
         ({"response_format": {"type": "yaml"}}, "invalid_request", "response_format"),
         ({"logit_bias": {"x": 1}}, "invalid_logit_bias", "'x'"),

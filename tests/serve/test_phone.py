@@ -255,12 +255,63 @@ def test_https(tmp_path: Path) -> None:
 
 def test_the_address_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     told: list[str] = []
-    announce("http://127.0.0.1:1/t/web/", ServeOptions(), told.append)
-    assert told[-1].startswith("The phone page is served at http://127.0.0.1:1/t/web/") and "█" in told[0]
-    told.clear()
-    announce("http://10.0.0.2:1/t/web/", ServeOptions("0.0.0.0"), told.append)
+    announce("http://10.0.0.2:8080/t/web/", ServeOptions("0.0.0.0"), told.append)
     assert told[0].startswith("Warning: 0.0.0.0 is not this machine alone") and "one thread" in told[1]
+    assert "█" in told[2] and "same network" in told[3]
+    assert told[-1].startswith("The phone page is served at http://10.0.0.2:8080/t/web/")
     assert _reachable("0.0.0.0") != "0.0.0.0" and _reachable("::1") == "[::1]"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_a_page_for_this_machine_alone_says_what_lets_a_phone_in(host: str) -> None:
+    """A code that leads a phone to itself would help nobody."""
+    told: list[str] = []
+    announce("http://127.0.0.1:8123/t/web/", ServeOptions(host), told.append)
+    assert "--host 0.0.0.0" in told[0] and "adb reverse tcp:8123 tcp:8123" in told[0]
+    assert len(told) == 2 and "█" not in "".join(told) and "served at http://127.0.0.1:8123/t/web/" in told[1]
+
+
+PAGE_IN_WORDS = (
+    '<html lang="en"><title data-t>Packaged model</title><p data-t>Not told</p><p>Packaged model</p>'
+    '<script type="module" src="app.js"></script>'
+)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "tag"),
+    [
+        ("zh-CN,zh;q=0.9,en;q=0.8", "zh-CN"),
+        ("zh", "zh-CN"),
+        ("de-DE,de;q=0.9,zh-TW;q=0.5", "zh-CN"),
+        ("en-US,en;q=0.9,zh;q=0.8", "en"),
+        ("en;q=0.5, zh;q=0.7", "zh-CN"),
+        ("de", "en"),
+        ("*", "en"),
+        ("", "en"),
+        ("zh;q=x,;;,q=", "en"),
+        ("zh;q=0", "en"),
+    ],
+)
+def test_the_page_speaks_the_language_of_the_browser(accepted: str, tag: str, phone: SimpleNamespace) -> None:
+    web = phone.devices.parent / "package" / "web"
+    (web / "index.html").write_text(PAGE_IN_WORDS, encoding="utf-8")
+    (web / "words.json").write_text('{"zh": {"Packaged model": "打包的模型 <b>"}}', encoding="utf-8")
+    answer = phone.client.get("/token/web/", headers={"Accept-Language": accepted})
+    assert answer.headers["content-language"] == tag and "Accept-Language" in answer.headers["vary"]
+    told = PAGE_IN_WORDS.replace("data-t>Packaged model", "data-t>打包的模型 &lt;b&gt;").replace(
+        'lang="en"', 'lang="zh-CN"'
+    )
+    assert answer.text == (told if tag == "zh-CN" else PAGE_IN_WORDS)
+    head = phone.client.head("/token/web/", headers={"Accept-Language": accepted})
+    assert head.content == b"" and int(head.headers["content-length"]) == len(answer.content)
+
+
+@pytest.mark.parametrize("words", ["", "[", '{"zh": []}', '{"zh": {"Packaged model": 3}}'])
+def test_a_page_with_damaged_words_is_served(words: str, phone: SimpleNamespace) -> None:
+    web = phone.devices.parent / "package" / "web"
+    (web / "index.html").write_text(PAGE_IN_WORDS, encoding="utf-8")
+    (web / "words.json").write_text(words, encoding="utf-8")
+    assert phone.client.get("/token/web/", headers={"Accept-Language": "zh"}).status_code == 200
 
 
 def test_what_cannot_be_served(tmp_path: Path, phone: SimpleNamespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,11 +16,15 @@ from typing import Any
 import httpx
 import pytest
 
+from lib.cli.models import examine
+from lib.cli.package import serve as command
 from lib.errors import InputError
 from lib.models.gguf_file import read_metadata
 from lib.runs.machine import llama_cpp_problem
+from lib.scoring.measure import Text, measure_text
 from lib.serve.listening import is_loopback, listen
 from lib.serve.openai import NEEDS, ServeOptions, control_tokens, make_formatter, serve
+from lib.stages.quantize.files import predict_sizes
 from tests import tiny_gguf
 from tests.conftest import PROJECT
 from tests.serve.conftest import MESSAGES, start
@@ -174,3 +179,70 @@ def test_the_command_refuses_in_one_paragraph(tmp_path: Path) -> None:
         text=True,
     )
     assert answer.returncode == 2 and answer.stderr.startswith("Found: no file") and "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize("value", ["abc", "2048", [2048], float("nan"), float("inf"), 0, None])
+def test_a_context_that_is_no_number_is_refused(tmp_path: Path, value: Any) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "qwen2")
+    writer.add_string("tokenizer.chat_template", "{{ messages }}")
+    kinds = {str: writer.add_string, list: writer.add_array, float: writer.add_float64, int: writer.add_uint32}
+    if value is not None:
+        kinds[type(value)]("qwen2.context_length", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(InputError, match=r"qwen2\.context_length"):
+        serve(tmp_path / "odd.gguf", ServeOptions(port=0), lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("options", "phone", "words"),
+    [
+        ({"cert": Path("nosuch.pem"), "key": Path("nosuch.key")}, False, "--cert, --key without --phone"),
+        ({"n_ctx": 512, "thinking": True}, True, "--n-ctx, --thinking with --phone"),
+        ({"key": Path("nosuch.key")}, True, "--key with --phone"),
+    ],
+)
+def test_options_of_the_other_server_are_refused(options: dict[str, Any], phone: bool, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        command(Path("absent.gguf"), ServeOptions(**options), phone)
+
+
+@pytest.mark.parametrize("host", ["", "a" * 64, "a..b"])
+def test_what_is_no_host_is_refused(host: str) -> None:
+    with pytest.raises(InputError, match="cannot be used"):
+        listen(host, 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("qwen2.rope.freq_base", float("nan"), "not numbers|freq_base"),
+        ("qwen2.rope.freq_base", 0.0, "not numbers|freq_base"),
+        ("tokenizer.ggml.merges", [], "no merges"),
+        ("tokenizer.ggml.merges", ["ab"], "the merge 'ab'"),
+        ("tokenizer.ggml.merges", [" "], "the merge ' '"),
+        ("tokenizer.ggml.merges", ["zq qz"], "the merge 'zq qz' of parts that are no tokens"),
+        ("tokenizer.ggml.merges", ["! ?"], "the merge '! \\?' of parts that are no tokens"),
+    ],
+)
+def test_what_computes_nonsense_is_refused_by_all(
+    key: str, value: Any, words: str, model: Path, tmp_path: Path
+) -> None:
+    odd = tiny_gguf.with_values(model, tmp_path / "odd.gguf", {key: value})
+    with pytest.raises(InputError, match=words):
+        serve(odd, ServeOptions(port=0, n_threads=1), lambda _: None)
+    (problem,) = examine(odd)["problems"]
+    assert re.search(words, problem)
+    if "freq_base" in words:
+        with pytest.raises(InputError, match="freq_base"):
+            predict_sizes(odd, ["Q8_0"])
+    if "merge" in words:
+        with pytest.raises(InputError, match=words):
+            measure_text(odd, Text.of_file("房间很干净" * 40), n_ctx=32, n_threads=1)
+
+
+def test_the_copy_itself_is_no_fault(model: Path, tmp_path: Path) -> None:
+    assert examine(tiny_gguf.with_values(model, tmp_path / "same.gguf", {}))["problems"] == []

@@ -27,6 +27,7 @@ MOST_NOISE = 0.1
 """Largest share of that change's square which may be noise of the two programs."""
 GGUF, FOLDER = "gguf", "folder"
 """Kinds of entries: a file that llama.cpp runs, a folder that transformers loads."""
+UNTUNED = "Nothing was trained in this run, so there is no change that a file could lose."
 WITHOUT_RUN = "Only files of a run can be told apart from their base, and only with the scores of 03."
 
 
@@ -62,6 +63,8 @@ class Retentions:
 def base_scores(run: Run) -> BaseScores:
     """The scores of 03, where they are of this run's rows."""
     entries = run.manifest.entries()
+    if run.untrained:
+        return BaseScores(note=UNTUNED)
     if "evaluation" not in entries:
         return BaseScores(note="03 was not run, so the base's scores are not known.")
     if entries["evaluation"].inputs.get("data") != entries["data"].digest:
@@ -104,7 +107,7 @@ def _merged_into_other_weights(run: Run) -> bool:
 
 def with_retention(content: Mapping[str, Any], kept: Retentions, grid: Mapping[str, float]) -> dict[str, Any]:
     """The content of comparison.json with what is known now of the base: "retention", "retention_interval" and
-    "source_grid" of every entry, "retention_note", and the warnings below the recommendation's own text ("advice").
+    "source_grid" of every entry, "retention_note", and the recommendation's "warning".
 
     Nothing of it needs a file to be scored again, so it is filled in anew whenever a comparison is read.
 
@@ -116,10 +119,8 @@ def with_retention(content: Mapping[str, Any], kept: Retentions, grid: Mapping[s
         for entry in content["files"]
     ]
     advice = content["recommendation"]
-    own = advice.get("advice", advice["text"])
     named = [entry for entry in files if entry["kind"] == GGUF and advice["type"] in (None, entry["type"])]
-    warning = retention_warning(*named)
-    advice = {**advice, "advice": own, "text": f"{own}\n\n{warning}" if warning else own}
+    advice = {**advice, "warning": retention_warning(*named)}
     return {**content, "files": files, "recommendation": advice, "retention_note": kept.note}
 
 
@@ -197,8 +198,8 @@ def steps_of(
         (f"{name}, llama.cpp", f"scores-{name}.jsonl"),
     ]
     steps = [(words, load_scores(folder / file)) for words, file in files]
-    note = other_model(run)
-    if not note:
+    note = "" if run.untrained else other_model(run)
+    if not note and not run.untrained:
         adapter = load_scores(run.folder / "evaluation" / TUNED_SCORES)
         if adapter.ids == steps[0][1].ids:
             method = run.manifest.entries()["adapter"].facts.get("method", "LoRA")

@@ -117,7 +117,7 @@ def _joined_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> t
 
 def _windows(ids: list[int], n_ctx: int, most: int) -> tuple[list[list[int]], list[str]]:
     """Windows of the held-out text, smaller ones (which is said) where it is short."""
-    notes, window = [], n_ctx
+    notes, window = [], min(n_ctx, max(len(ids), _SMALLEST_WINDOW))
     if _SMALLEST_WINDOW <= min(len(ids), most) < n_ctx:
         window = 2 ** (min(len(ids), most).bit_length() - 1)
         notes.append(
@@ -168,7 +168,7 @@ def _measure_folder(path: Path, argument: dict[str, Any]) -> dict[str, Any]:
     from lib.models.loading import count_weights, load_as_saved, weight_bytes
     from lib.scoring.torch_backend import TransformersBackend
 
-    _use_threads(argument)
+    use_threads(argument)
     _check_tokenizer(path, argument["sample"])
     stored, weights = open_weights(path), count_weights(path)
     for file in stored.files:
@@ -215,7 +215,7 @@ def score_in_transformers(argument: dict[str, Any]) -> dict[str, Any]:
     """
     from lib.models.loading import affordable_dtype
 
-    _use_threads(argument)
+    use_threads(argument)
     answers = {MERGED: score_as(MERGED, argument)}
     if argument["gguf"]:
         answers[DEQUANTIZED] = score_as(DEQUANTIZED, argument)
@@ -256,7 +256,8 @@ def _load(path: Path, way: str, argument: Mapping[str, Any]) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options).eval()
 
 
-def _use_threads(argument: Mapping[str, Any]) -> None:
+def use_threads(argument: Mapping[str, Any]) -> None:
+    """Torch computes with the threads that llama.cpp has."""
     import torch
 
     torch.set_num_threads(argument["n_threads"])

@@ -5,17 +5,18 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.errors import InputError, refusal
+from lib.language import ENGLISH, speaking
 from lib.models.gguf_file import check_gguf
 from lib.models.gguf_tokenizer import tokenizer_from_gguf
 from lib.progress import say
-from lib.prompts.tasks import Task
+from lib.prompts.tasks import Task, in_model_tags
 from lib.runs.child import run_child
 from lib.runs.files import data_file, writable, write_json
 from lib.runs.machine import cpu_name, llama_cpp_problem, physical_cores
@@ -23,7 +24,16 @@ from lib.scoring.backend import found_done, journal_path
 from lib.scoring.log_probabilities import load_scores
 from lib.scoring.metric import AnyScores, Metric, RowGroups, compare, metric_of, rows_of_folds
 from lib.settings import mix_name
-from lib.stages.compare.changes import FOLDER, GGUF, STEP_SCORES, BaseScores, agreements, retentions, with_retention
+from lib.stages.compare.changes import (
+    FOLDER,
+    GGUF,
+    STEP_SCORES,
+    UNTUNED,
+    BaseScores,
+    agreements,
+    retentions,
+    with_retention,
+)
 from lib.stages.compare.child import MERGED, MERGED_FLOAT32, EncodedRows, encode_rows
 from lib.stages.compare.recommend import judge, recommend, step_file
 from lib.stages.compare.speed import read_bytes
@@ -124,9 +134,11 @@ def compare_files(asked: Comparison, forget: bool = True) -> dict[str, Any]:
             no rows; an unwritable folder; too little room for the reference's log-probabilities.
     """
     _check(asked)
-    writable(asked.output)
-    tokenizer = asked.tokenizer or tokenizer_from_gguf(asked.reference)
+    if (tokenizer := asked.tokenizer) is None:
+        tokenizer = tokenizer_from_gguf(asked.reference)
+        asked = replace(asked, rows=in_model_tags(tokenizer, asked.rows))
     encoded = encode_rows(tokenizer, asked.task, asked.rows, asked.n_ctx, asked.perplexity_tokens)
+    writable(asked.output)
     metric, groups = metric_of(asked.task), RowGroups.of(asked.rows)
     shared = encoded.argument(asked.n_threads or physical_cores(), asked.n_gpu_layers)
     measured = _measure_all(asked, encoded, shared)
@@ -136,7 +148,8 @@ def compare_files(asked: Comparison, forget: bool = True) -> dict[str, Any]:
     files = [entry for entry in entries if entry["kind"] == GGUF]  # tests count every comparison, the advice is about
     best = frontier(files[1:])  # what a phone can run
     free = sum(row.get("leaked") is False for row in asked.rows)
-    advice = recommend(metric, files[0], files[1:], asked.margin, floor)
+    with speaking(ENGLISH):  # as everything that is kept; who reads it words it anew (`reworded`)
+        advice = recommend(metric, files[0], files[1:], asked.margin, floor, asked.start.note != UNTUNED)
     chosen = step_file(files[1:], advice)
     merged, steps, notes = _score_steps(asked, encoded, shared, next((o for o in measured if o.name == chosen), None))
     result = {
@@ -314,7 +327,9 @@ def _judged(metric: Metric, measured: Sequence[Measured], asked: Comparison) -> 
         judged = compare(
             metric, scores[reference], {name: scores[name] for name in others}, RowGroups.of(rows), asked.seed
         )
-        return {reference: judged.pop(""), **judged}
+        judged = {reference: judged.pop(""), **judged}
+        names = asked.task.label_names
+        return {name: {**entry, **metric.classes(scores[name], names)} for name, entry in judged.items()}
 
     own = {one.name: one.scores for one in measured}
     if not asked.folds:

@@ -3,6 +3,7 @@ a loss that the user names. Words are in templates/."""
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError, refusal
-from lib.runs.files import render
+from lib.language import sentences
+from lib.runs.render import render
 from lib.scoring.metric import Entry, Metric, metric_in
-from lib.stages.compare.changes import FOLDER, GGUF
+from lib.stages.compare.changes import GGUF, UNTUNED
 from lib.statistics import noninferiority
 from lib.statistics.losses import retention_warning
 
@@ -30,18 +32,24 @@ def judge(
     """Verdict of every file and folder but the reference, by type."""
     if metric.problem(reference, floor):
         return {entry["type"]: noninferiority.NO_VERDICT for entry in others}
-    folders = [entry for entry in others if entry["kind"] == FOLDER]
-    return noninferiority.verdicts([entry for entry in others if entry["kind"] == GGUF], folders, margin)
+    tested = smaller(reference, others)
+    return noninferiority.verdicts(tested, [entry for entry in others if entry not in tested], margin)
+
+
+def smaller(reference: Entry, others: Sequence[Entry]) -> list[Entry]:
+    """The GGUF files that save anything: one that is as large as the reference, or larger, is never recommended."""
+    return [entry for entry in others if entry["kind"] == GGUF and entry["bytes"] < reference["bytes"]]
 
 
 def recommend(
-    metric: Metric, reference: Entry, files: Sequence[Entry], margin: float, floor: float | None
+    metric: Metric, reference: Entry, files: Sequence[Entry], margin: float, floor: float | None, trained: bool = True
 ) -> dict[str, Any]:
     """The recommendation: the smallest file that is good enough.
 
     Args:
-        reference, files: entries of comparison.json; of the files only GGUF.
+        reference, files: entries of comparison.json; of the files only those of `smaller` can be recommended.
         margin: in `metric.loss_unit`. floor: what the reference must beat (`Metric.floor`).
+        trained: False of a run in which nothing is trained, which nobody is told to do first.
 
     Returns:
         "rule", "formulas" (with which it can be applied by hand), "margin", "unit", "type" (None when no file is good
@@ -49,22 +57,28 @@ def recommend(
         "unlearned"), "tested" (types in the order of the tests, to the one that ended them), "ended_by" (that one; None
         where every file is good enough), "rows_needed" (with which that one would be shown, if what was seen of it is
         true; None where more rows would not help or are not needed), "unproven" (where nothing is recommended for want
-        of rows: the smallest file without a sign of harm, or None) and "text" (a paragraph; behind blank lines others
-        on that file and on files that are worse, if there are any).
+        of rows: the smallest file without a sign of harm, or None); in words "headline" (a sentence), "text" (how sure
+        that is and the facts beside it; with the headline at most 60 words) and "details" (paragraphs behind blank
+        lines). Whoever reads a comparison adds a "warning" (`lib.stages.compare.changes.with_retention`).
     """
+    files = smaller(reference, files)
     order, folds = noninferiority.by_size(files), reference.get("folds")
     passed = noninferiority.good_enough(files, margin)
     problem = "alone" if not files else metric.problem(reference, floor)
+    verdict = {} if problem else noninferiority.verdicts(files, [], margin)  # by this margin, which may be a user's own
     chosen = None if problem or not passed else order[len(passed) - 1]
     ended = None if problem or len(passed) == len(order) else order[len(passed)]
-    needed = metric.rows_needed(ended, margin) if ended else None
+    needed = _rows_needed(metric, ended, margin) if ended else None
     reason = problem or (noninferiority.GOOD_ENOUGH if chosen else noninferiority.NOT_SHOWN)
     harmless = noninferiority.no_sign_of_harm(files, margin) if reason in (noninferiority.NOT_SHOWN, "few") else []
     unproven = order[len(harmless) - 1] if harmless else None
-    text = _written(
+    write = functools.partial(
+        _written,
         "recommendation.j2",
         metric=metric,
+        worst=noninferiority.worst_limit,
         reason=reason,
+        trained=trained,
         reference=reference,
         floor=floor,
         margin=margin,
@@ -78,7 +92,7 @@ def recommend(
         fewest=noninferiority.FEWEST_GROUPS,
         groups=noninferiority.fewest_groups(reference),
         least_margin=100 * noninferiority.least_margin(reference["n"] / reference.get("copies_effect", 1.0)),
-        worse=[entry for entry in order if entry.get("verdict") == noninferiority.WORSE],
+        worse=[] if problem else [entry for entry in order if verdict[entry["type"]] == noninferiority.WORSE],
     )
     return {
         "rule": _written(
@@ -98,8 +112,35 @@ def recommend(
         "ended_by": ended and ended["type"],
         "rows_needed": needed,
         "unproven": unproven and unproven["type"],
-        "text": text,
+        "headline": write(part="headline"),
+        "text": sentences(one for part in ("confidence", "facts") for one in write(part=part).split("\n\n")),
+        "details": write(part="details"),
     }
+
+
+def reworded(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """The recommendation of a comparison.json, which is kept in English, in the language of this process."""
+    reference, *others = comparison["files"]
+    stored, metric = comparison["recommendation"], metric_in(comparison["files"])
+    floor, trained = comparison["conditions"]["floor"], _of_trained(comparison)
+    return {**stored, **recommend(metric, reference, others, stored["margin"], floor, trained)}
+
+
+def _of_trained(comparison: Mapping[str, Any]) -> bool:
+    return comparison.get("retention_note") != UNTUNED
+
+
+def _rows_needed(metric: Metric, entry: Entry, margin: float) -> int | None:
+    """Rows like these that would show the file on all of them and on the leak-free ones, whose share stays the same;
+    None where the loss of either is too large to be shown, or has no limit."""
+    found = []
+    for part in (entry, entry.get("leak_free")):
+        if part:
+            rows = None if part["loss_limit"] is None else metric.rows_needed(part, margin)
+            if rows is None:
+                return None
+            found.append(math.ceil(rows * entry["n"] / part["n"]))
+    return max(found)
 
 
 def _two_digits(rows: int) -> int:
@@ -142,11 +183,12 @@ def pick_file(comparison: Mapping[str, Any], max_mb: float | None, max_loss: flo
     if not all(0 < limit < math.inf for limit in (max_loss, 1.0 if max_mb is None else max_mb)):
         raise InputError(f"max-mb {max_mb}, max-loss {max_loss}.", "finite numbers above 0.", "correct them.")
     reference, *others = comparison["files"]
-    if any("loss_limit" not in entry for entry in others):
+    if "headline" not in comparison["recommendation"] or any("loss_limit" not in entry for entry in others):
         raise refusal("compare/older-comparison")
     metric = metric_in(comparison["files"])
-    files = [entry for entry in others if entry["kind"] == GGUF]
-    found = recommend(metric, reference, files, max_loss, comparison["conditions"]["floor"])
+    files = smaller(reference, others)
+    floor, trained = comparison["conditions"]["floor"], _of_trained(comparison)
+    found = recommend(metric, reference, files, max_loss, floor, trained)
     chosen = next((entry for entry in files if entry["type"] == found["type"]), None)
     if chosen is None and found["reason"] in (noninferiority.NOT_SHOWN, "alone"):
         chosen = reference
@@ -163,13 +205,12 @@ def pick_file(comparison: Mapping[str, Any], max_mb: float | None, max_loss: flo
         }
         for entry in noninferiority.by_size([reference, *files])
     ]
-    text = _written(
+    headline = _written(
         "pick.j2",
-        text=found["text"],
+        headline=found["headline"],
         reference=reference,
         chosen=chosen,
         too_large=None if fits else _over(chosen["bytes"] / 1e6, max_mb),
-        warning=retention_warning(chosen) if chosen else "",
     )
     taken = chosen if fits else None
     return {
@@ -178,7 +219,8 @@ def pick_file(comparison: Mapping[str, Any], max_mb: float | None, max_loss: flo
         "type": taken and taken["type"],
         "file": taken and taken["file"],
         "reason": "size" if not fits else noninferiority.GOOD_ENOUGH if taken else found["reason"],
-        "text": text,
+        "headline": headline,
+        "warning": retention_warning(chosen) if chosen else "",
         "candidates": candidates,
     }
 

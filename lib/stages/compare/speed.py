@@ -79,7 +79,7 @@ def read_once(path: Path) -> None:
 
 def _number(value: Any) -> int | None:
     """A whole number of the header, which may stand there as a text."""
-    return int(value) if str(value).isdecimal() else None
+    return int(value) if re.fullmatch("[0-9]{1,18}", str(value)) else None
 
 
 def times_of(start: Callable[[], Feed], ids: Sequence[int]) -> tuple[list[float], list[float]]:
@@ -170,8 +170,12 @@ def read_bytes(path: Path, tensor_bytes: int) -> int:
     return tensor_bytes - table.nbytes // rows * (rows - 1)
 
 
+_CACHED = 32_000_000
+"""Bytes that caches of a phone may hold: below, memory bandwidth sets no ceiling."""
+
+
 def ceilings(files: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For every GGUF file "type", "megabytes" read a token, and "tokens_per_second" by name of the memory."""
+    """For every GGUF file too large for caches "type", "megabytes" a token, and "tokens_per_second" by memory."""
     return [
         {
             "type": entry["type"],
@@ -179,7 +183,7 @@ def ceilings(files: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "tokens_per_second": {memory.name: memory.bandwidth / entry["read_bytes"] for memory in MEMORIES},
         }
         for entry in files
-        if entry["read_bytes"]
+        if entry["read_bytes"] and entry["read_bytes"] >= _CACHED
     ]
 
 

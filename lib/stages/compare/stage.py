@@ -16,19 +16,21 @@ from lib.prompts.tasks import Task, read_task
 from lib.runs.files import data_file, read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from lib.runs.machine import physical_cores
 from lib.runs.run import Product, ProductDraft, Run
+from lib.scoring import answer_metrics
 from lib.scoring.backend import found_done
-from lib.scoring.generation import Questions, Written, end_ids, llama_feed, write_all
+from lib.scoring.generation import Questions, Written, end_ids, llama_feed, torch_feed, with_likeness, write_all
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.log_probabilities import load_scores
 from lib.scoring.metric import AnyScores, Metric, RowGroups, metric_in, metric_of
-from lib.scoring.text_metrics import read_terms
+from lib.scoring.word_lists import prompt_set, read_prompts, read_terms
 from lib.settings import Settings
 from lib.stages.compare.changes import base_scores, retentions, steps_of, with_retention
-from lib.stages.compare.child import WAIT_POLICY, keep_of
+from lib.stages.compare.child import MERGED, WAIT_POLICY, keep_of, use_threads
 from lib.stages.compare.files import ALL_FOLDS, SUMMARY, Comparison, Fold, compare_files, forget_scores, run_kept
+from lib.stages.compare.recommend import reworded
 from lib.stages.compare.speed import LOADS
 
-_RULES = 5
+_RULES = 7
 """Goes up when entries or verdicts are made otherwise, so that a comparison made before is made again."""
 
 
@@ -40,7 +42,7 @@ class ComparisonResult:
         product: the folder with comparison.json and scores-<TYPE>.jsonl.
         metric: of the run's task; entries are in its terms.
         reference: type of the reference file.
-        files: one entry a file, the reference first (keys: see README).
+        files: one entry a file, the reference first (keys: see docs/json.md).
         frontier: types that no other file beats in both size and KL divergence, smallest first.
         recommendation: what `lib.stages.compare.recommend.recommend` says.
         conditions: device, threads, windows and margin of the measurements.
@@ -51,9 +53,10 @@ class ComparisonResult:
         retention_note: what the entries' retention rests on, or why it is unknown.
         steps: the error ladder, adapter to quantized file; empty without a merged model.
         steps_note: why its first step is missing, in words.
-        written: what every GGUF file wrote to test rows whose answers are free text, measured: reference, decoding,
-            chrf, terms, same_text, metrics; empty where nothing was written.
-        generated: {"id", "question", "reference", "answers"} of those rows.
+        written: what every GGUF file and the merged model wrote to test rows whose answers are free text, measured:
+            reference, decoding, chrf, terms, same_text, metrics; empty where nothing was written.
+        generated: {"id", "question", "reference", "answers"} of those rows. prompts: the same of the set of prompts:
+            {"set", "system_prompt", "prompts": [{"prompt", "reference", "answers"}]}.
     """
 
     product: Product
@@ -72,6 +75,7 @@ class ComparisonResult:
     steps_note: str
     written: dict[str, Any]
     generated: list[dict[str, Any]]
+    prompts: dict[str, Any]
 
     def entry(self, type_name: str) -> dict[str, Any]:
         """The entry of one type."""
@@ -141,6 +145,7 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
         steps_note=steps_note,
         written=read_json(product.path / WRITTEN) if wrote else {},
         generated=read_jsonl(product.path / ROWS) if wrote else [],
+        prompts=read_json(product.path / PROMPTS) if wrote else {},
     )
 
 
@@ -148,7 +153,8 @@ def _read(run: Run, folder: Path, metric: Metric, rows: RowGroups) -> dict[str, 
     """comparison.json with what 03 and 06 know now of the base: scores that come later need no file scored again."""
     content = read_json(folder / SUMMARY)
     scores = {entry["type"]: load_scores(folder / f"scores-{entry['type']}.jsonl") for entry in content["files"]}
-    return with_retention(content, retentions(metric, scores, base_scores(run), rows.groups), _grid(run))
+    found = with_retention(content, retentions(metric, scores, base_scores(run), rows.groups), _grid(run))
+    return {**found, "recommendation": reworded(found)}
 
 
 def _grid(run: Run) -> dict[str, float]:
@@ -229,24 +235,27 @@ def _tell(work: ProductDraft, result: Mapping[str, Any], wrote: Mapping[str, str
 # What every GGUF file writes to the same test rows, measured, and compared with what the reference writes.
 
 
-WRITTEN, ROWS = "written.json", "generated.jsonl"
-KEYS = ("generated_rows", "max_new_tokens", "terms")
+WRITTEN, ROWS, PROMPTS = "written.json", "generated.jsonl", "prompts.json"
+KEYS = ("generated_rows", "max_new_tokens", "terms", "prompts_file")
 
 
 def written_parameters(settings: Settings, task: Task) -> dict[str, Any]:
-    """The settings that decide what is written, with the hash of the list of terms; none where answers are words.
+    """The settings that decide what is written, with hashes of terms and prompts; none where answers are words.
 
     Raises:
-        InputError: no such list.
+        InputError: no such list or set.
     """
     if task.label_names:
         return {}
-    terms = read_terms(settings.terms)
-    return settings.pick(*KEYS) | {"terms_sha256": terms and terms.sha256}
+    terms, prompts = read_terms(settings.terms), read_prompts(prompt_set(settings))
+    hashes = {"terms_sha256": terms and terms.sha256, "prompts_sha256": sha256_json(prompts)}
+    return settings.pick(*KEYS) | answer_metrics.parameter(settings) | hashes
 
 
 def write_answers(files: Mapping[str, Path], asked: Comparison, settings: Settings) -> dict[str, str]:
-    """Let every file answer the same test rows greedily; written.json and generated.jsonl in the comparison's folder.
+    """Let every file, and the merged model, answer the same test rows and prompts greedily, one at a time.
+
+    Makes written.json, generated.jsonl and prompts.json in the comparison's folder; likeness is to the reference.
 
     Nothing is written with `generated_rows: 0`, or where the answers are words that are scored.
 
@@ -262,9 +271,10 @@ def write_answers(files: Mapping[str, Path], asked: Comparison, settings: Settin
     task, tokenizer = asked.task, asked.tokenizer
     if task.label_names or not settings.generated_rows:
         return {}
-    questions = Questions.of(settings, tokenizer, task, asked.rows)
+    questions = Questions.of(settings, tokenizer, task, asked.rows, read_prompts(prompt_set(settings)))
+    every, rows = (*questions.asked, *questions.prompts), len(questions.asked)
     argument = {
-        "prompts": [one.ids for one in questions.asked],
+        "prompts": [one.ids for one in every],
         "ends": sorted(end_ids(tokenizer)),
         "most": settings.max_new_tokens,
         "n_threads": settings.n_threads or physical_cores(),
@@ -272,13 +282,12 @@ def write_answers(files: Mapping[str, Path], asked: Comparison, settings: Settin
     }
     made = {
         name: run_kept("stage:write_file", path, argument, asked.output, f"answers of {name}")
-        for name, path in files.items()
+        for name, path in (files | ({MERGED: asked.merged} if asked.merged else {})).items()
     }
-    answers = {
-        name: questions.told(questions.asked, [Written(**written) for written in own["written"]])
-        for name, own in made.items()
-    }
-    reference = next(iter(answers))
+    told = with_likeness(
+        {name: questions.told(every, [Written(**one) for one in own["written"]]) for name, own in made.items()}
+    )
+    answers, reference = {name: own[:rows] for name, own in told.items()}, next(iter(told))
     texts = {name: [answer["text"] for answer in given] for name, given in answers.items()}
     content = {
         "reference": reference,
@@ -288,6 +297,12 @@ def write_answers(files: Mapping[str, Path], asked: Comparison, settings: Settin
     }
     write_json(asked.output / WRITTEN, content)
     write_jsonl(asked.output / ROWS, _readable(questions, answers))
+    prompts = [
+        {**source, "answers": {name: own[rows + place] for name, own in told.items()}}
+        for place, source in enumerate(questions.sources)
+    ]
+    conditions = {"set": Path(prompt_set(settings)).name, "system_prompt": task.system_prompt}
+    write_json(asked.output / PROMPTS, {**conditions, "prompts": prompts})
     return found_done({name: [own["found"]] for name, own in made.items()})
 
 
@@ -298,17 +313,14 @@ def _readable(questions: Questions, answers: Mapping[str, Sequence[Mapping[str, 
             "id": row["id"],
             "question": one.question,
             "reference": one.reference,
-            "answers": {
-                name: {key: given[place][key] for key in ("text", "tokens", "ended", "measured")}
-                for name, given in answers.items()
-            },
+            "answers": {name: given[place] for name, given in answers.items()},
         }
         for place, (row, one) in enumerate(zip(questions.rows, questions.asked, strict=True))
     ]
 
 
 def write_file(argument: dict[str, Any]) -> dict[str, Any]:
-    """Answers of one file, in a process of its own.
+    """Answers of one file or folder, in a process of its own; the first prompt is read once before, for the latency.
 
     Args:
         argument: "path", "prompts" (token ids of each), "ends", "most", "n_threads", "n_gpu_layers", "keep" (file for
@@ -321,7 +333,17 @@ def write_file(argument: dict[str, Any]) -> dict[str, Any]:
     prompts, most = argument["prompts"], argument["most"]
     context = max(map(len, prompts)) + most
     path = Path(argument["path"])
-    with LlamaCppBackend(path, context, argument["n_threads"], argument["n_gpu_layers"]) as backend:
-        start, keep = functools.partial(llama_feed, backend), keep_of(argument)
-        written, found = write_all(start, prompts, most, argument["ends"], backend, keep)
+    if path.is_file():
+        backend: Any = LlamaCppBackend(path, context, argument["n_threads"], argument["n_gpu_layers"])
+        start = functools.partial(llama_feed, backend)
+    else:
+        from lib.models.loading import load_as_saved
+        from lib.scoring.torch_backend import TransformersBackend
+
+        use_threads(argument)
+        backend = TransformersBackend(load_as_saved(path), 1, path.name)
+        start = functools.partial(torch_feed, backend.model)
+    with backend:
+        start()(prompts[0])
+        written, found = write_all(start, prompts, most, argument["ends"], backend, keep_of(argument))
     return {"written": [asdict(one) for one in written], "found": found}

@@ -185,8 +185,12 @@ class Conversion:
             InputError: it refuses such a model.
         """
         with tempfile.TemporaryDirectory(prefix="workbook-header-") as name:
-            GgufFile(Path(name) / self.output.name, self.header, self.plan).close()
+            self.write_header(Path(name) / self.output.name)
             return load_check(Path(name) / self.output.name)
+
+    def write_header(self, path: Path) -> None:
+        """A file of the planned size with the header alone, in front of a hole: sizes are told from it."""
+        GgufFile(path, self.header, self.plan).close()
 
     def _read_back(self, path: Path) -> str:
         """Check the header, and ask llama.cpp for its opinion of it."""
@@ -280,6 +284,7 @@ _Texts.yaml_implicit_resolvers = {
     letter: [found for found in resolvers if found[0].rpartition(":")[2] in ("null", "merge")]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+_MOST_ALIASES = 8
 _OF_MODELS = ("base_model", "dataset")
 """Beginnings of the keys whose values may have keys of their own."""
 _SEVERAL = (*_OF_MODELS, "tags", "pipeline_tag", "language", "license")
@@ -290,7 +295,10 @@ def _read_card(path: Path) -> dict[str, Any]:
     """The front matter of a model card in texts alone, as GGUF has them; what is no text is left out."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     front = itertools.takewhile(lambda line: line != "---", lines[1:]) if lines[:1] == ["---"] else ()
-    written = yaml.load("\n".join(front).replace("\t", "  "), _Texts)
+    text = "\n".join(front).replace("\t", "  ")
+    if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _Texts)) > _MOST_ALIASES:
+        raise ValueError(f"more than {_MOST_ALIASES} aliases, which may stand for more than any memory holds")
+    written = yaml.load(text, _Texts)
     card: dict[str, Any] = {}
     for key, value in written.items() if isinstance(written, dict) else ():
         parts = [

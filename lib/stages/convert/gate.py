@@ -12,7 +12,7 @@ import tempfile
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,8 @@ class GateReport:
         tokens: number of token ids compared, all equal (else the gate fails).
         prompts: number of prompts rendered from both chat templates, all equal (else the gate fails).
         windows, positions: prompts and positions of the KL divergence.
-        mean_kld, max_kld: KL(merged ‖ GGUF), nats a position; same_top: share with the same most probable token.
+        divergences: KL(merged ‖ GGUF) of every position, nats; mean_kld, max_kld: of them.
+        same_top: share of the positions with the same most probable token.
         rows, label_agreement: rows scored by both, and the share with the same label; 0 and None without labels.
         clear_rows, clear_agreement: the same for the rows that the merged model decides by more than rounding can turn:
             by `NEAR_TIE`, in bfloat16 by `NEAR_TIE_LOW`. It is what is limited; None where there is no such row.
@@ -101,6 +102,7 @@ class GateReport:
     limit_kld: float
     limit_agreement: float
     seconds: float
+    divergences: list[float] = field(default_factory=list)
 
 
 HARD_STRINGS = tuple(data_file("stages/convert/hard_strings.yaml"))
@@ -309,6 +311,7 @@ def gate(
         prompts=prompts,
         windows=len(asked.windows),
         positions=found.shape[1],
+        divergences=[float(f"{value:.3g}") for value in found[0]],
         mean_kld=mean_kld,
         max_kld=max_kld,
         same_top=same_top,

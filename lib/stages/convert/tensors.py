@@ -271,7 +271,7 @@ class GgufFile:
             self._offsets[tensor.name] = end
             end += gguf_file.padded(tensor.nbytes)
         self._by_source = {tensor.source.name: tensor for tensor in plan if tensor.source is not None}
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
         os.ftruncate(self._file, end)  # the padding between tensors is the zeros of the hole
         write_at(self._file, header, 0)
 

@@ -180,7 +180,8 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> dict[str
     stored, settings = (
         read_object(folder / name, "a fast tokenizer's files") for name in ("tokenizer.json", "tokenizer_config.json")
     )
-    model = stored.get("model", {})
+    if not isinstance(model := stored.get("model", {}), dict):
+        raise refusal("convert/odd-tokenizer", folder=folder, odd=f"model is no object but {str(model)[:40]}")
     pieces = (folder / "tokenizer.model").is_file() or model.get("byte_fallback") or model.get("type") != "BPE"
     if writer.arch == "llama" and pieces:
         raise refusal("convert/sentence-pieces", folder=folder)
@@ -192,6 +193,8 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> dict[str
     tokens, types = _tokens(tokenizer, vocab_size)
     merges, templates = _merges(stored, folder), chat_templates(folder, settings)
     special, add = special_tokens(stored, settings, read_object(folder / "config.json"), folder)
+    if (lowest := min([*tokenizer.vocabulary.values(), *special.values()])) < 0:
+        raise refusal("convert/odd-tokenizer", folder=folder, odd=f"a token has the id {lowest}")
     for kind in ("bos", "eos"):
         name = _content(settings.get(f"{kind}_token"))
         if (number := tokenizer.vocabulary.get(name, filed := special.get(kind))) != filed:

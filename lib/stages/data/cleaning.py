@@ -18,15 +18,17 @@ from lib.prompts.templates import Message
 from lib.settings import Settings, folded
 from lib.stages.data.data_files import NAMES, SURROGATE, DamagedError, Rows, alone
 from lib.stages.data.labels import (
-    Read,
     answer_reader,
     asked_options,
+    class_lists,
     is_name,
     label_reader,
     meanings,
     option_columns,
     option_letters,
     options_of,
+    said_by_name,
+    told_by_lists,
 )
 from lib.stages.data.near_duplicates import audit
 from lib.stages.data.reading import Table
@@ -150,14 +152,22 @@ def clean_split(
     meant, beside = meanings(whole, label_name, others, read, bool(label_column), where)
     named = {} if meant or beside else said_by_name(label_name, len(label_names), read)
     named = named if any(read(value) != meaning for value, meaning in named.items()) else {}
-    questions = []
+    lists = [] if options else class_lists(whole, others, read, len(label_names))
+    verdicts = [name for name in unused if _is_verdict(table, name)]
+    questions, again = [], []
     for cells in whole if options else ():
         with contextlib.suppress(DamagedError, KeyError):  # of another split
             if (answer := alone(cells[label_name])) not in (None, ""):
                 questions.append((options_of(cells, options, letters), answer))
+                again.append({read(alone(cells[name])) for name in beside if cells[name] not in (None, "")})
     answered = answer_reader(questions, label_names, "" in options, where)
+    for (choices, answer), meanings_beside in zip(questions, again if not label_column else (), strict=False):
+        if answered and (mark := answered(choices, answer)) and meanings_beside - {read(mark)}:
+            raise refusal("data/columns-contradict", where=where, columns=", ".join(map(repr, [label_name, *beside])))
 
     def row_of(index: int, cells: Mapping[str, Any], changed: Counter[str]) -> Row:
+        if any(folded(cells[name]) in REJECTED for name in verdicts):
+            raise DamagedError("an answer that its annotator did not accept")
         text, value = safe_text(cells[text_name], changed), cells[label_name]
         if not text.strip():
             raise DamagedError("empty text")
@@ -169,6 +179,11 @@ def clean_split(
             changed["changed: label out of a list of one"] += 1
         if value is None or (isinstance(value, str) and not value.strip()):
             raise DamagedError("no label")
+        if (told := told_by_lists(cells, lists, value, where)) is not value:
+            changed[f"numbers of {label_name} read by the names in {', '.join(lists)}"] += 1
+            value = told
+        if letters and not choices and not _holds_options(text, letters):
+            changed[UNASKED] += letters.keys() <= set(label_names)
         if choices:
             value = answered(choices, value) if answered else choices.get(str(value).strip(), (value, ""))[0]
         by_names = folded(value) in named or (meant and not is_name(value))  # the file says what its numbers mean
@@ -188,24 +203,24 @@ def clean_split(
     counts += Counter(
         {f"the column {own!r} of {where} read as {theirs!r}": len(table) for own, theirs in other.items()}
     )
-    return rows, counts + not_used([name for name in unused if name not in beside], len(table))
+    used = (*beside, *lists, *verdicts)
+    return rows, counts + not_used([name for name in unused if name not in used], len(table))
 
 
-def said_by_name(label: str, labels: int, read: Read) -> dict[str, int]:
-    """What the name of a column of labels says that its numbers mean: is_negative (1 is negative), label(0=good,1=bad).
+ACCEPTED, REJECTED = ("accept",), ("reject", "ignore")
+"""What annotators of Prodigy answer to the label that a row proposes."""
+UNASKED = "kept: questions without options, for labels that are letters"
 
-    Args:
-        labels: how many there are. A column that is called by one of two says what 1 and true are; a single letter, as
-            the y of any target, says nothing.
-    """
-    word = re.sub(r"^(is[ _-]*|是否)", "", label.strip(), flags=re.IGNORECASE)
-    named = [("1", word)] if labels == 2 and is_name(word) and not re.fullmatch("[A-Za-z]", word) else []
-    listed = re.findall(r"([0-9]+)\s*[=:：]\s*(\w+)", label)
-    said = {number: meaning for number, name in named + listed if (meaning := read(name)) is not None}
-    if labels == 2 and said.keys() and said.keys() <= {"0", "1"}:  # of two, one tells the other
-        said = {str(1 - int(number)): 1 - meaning for number, meaning in said.items()} | said
-        said |= {"false": said["0"], "true": said["1"]}
-    return said
+
+def _is_verdict(table: Rows, name: str) -> bool:
+    """Whether a column says which proposed labels an annotator accepted."""
+    said = {folded(row[name]) for row in table} if name.strip().lower() == "answer" else set()
+    return bool(said) and said <= {*ACCEPTED, *REJECTED}
+
+
+def _holds_options(text: str, letters: Mapping[str, str]) -> bool:
+    """Whether a text names two options by their letters."""
+    return sum(re.search(rf"(?<![A-Za-z]){mark}\s*[.．、:：)）]", text) is not None for mark in letters) > 1
 
 
 def refuse_labels(unknown: Counter[str], rows: int, label_names: Sequence[str], where: str) -> None:
@@ -255,6 +270,8 @@ def usable_rows(
             rows.append(row_of(index, cells, changed))
         except DamagedError as reason:
             changed = Counter({f"dropped: {reason}": 1})
+        except RecursionError:
+            changed = Counter({"dropped: lists too deep inside each other": 1})
         counts += changed
     return rows, counts
 
@@ -347,6 +364,9 @@ class RowsOfTask:
         table.splits["test"] = table.splits.pop("validation")
         labels = " with labels" if self.names else ""
         return [f"the data has no test split{labels}: its validation split is the test split of this run"]
+
+    def write_tags_of(self, tokenizer: Any, splits: Splits, changed: Counter[str]) -> None:
+        """Write the tags around reasoning as the base model does."""
 
     def require_each(self, splits: Splits) -> None:
         """Refuse splits that cannot teach or test anything; empty ones when their rows have been measured."""

@@ -15,8 +15,9 @@ import io
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lib.errors import InputError, refusal
 
@@ -41,7 +42,9 @@ def read_csv(path: Path, text: str, notes: Counter[str], tabs: bool = False) -> 
     Raises:
         InputError: no header, records that do not have its cells, quotation marks that do not close; with the line.
     """
-    separator = "\t" if tabs else _separator(path, text.partition("\n")[0], notes)
+    if told := re.match(r'"?sep=(.)"?[,;]*\n', text):  # a line for Excel; the others keep their numbers
+        text = "\n" + text[told.end() :]
+    separator = told[1] if told else "\t" if tabs else _separator(path, text.partition("\n")[0], notes)
     quoted = not tabs or _quoted_tabs(path, text)
     records = list(_records(path, text, separator, quoted))
     if quoted and (spaced := _without_spaces(path, text, separator, records)):
@@ -128,40 +131,50 @@ def _records(path: Path, text: str, separator: str, quoted: bool, spaced: bool =
 
 
 def _positions(path: Path, header: list[str], rows: Sequence[Record], notes: Counter[str]) -> dict[str, int]:
-    """Where the cells of each name stand; records of another length are refused."""
+    """Where the cells of each name stand; records of another length are refused.
+
+    Columns without a name are left out where they are empty, or stand in front with the numbers of rows. Words in front
+    are an index that says something of the rows, such as their split: they stay under a name of their own.
+    """
     count = len(header)
-    surplus = {len(cells) - count for _, cells in rows}
-    first = last = 0
-    nameless = next((i for i, name in enumerate(header) if name.strip()), 0)
-    if surplus == {1} and _empty(rows):
-        last = 1
-    elif surplus == {1} and _numbered(rows):
-        header, first = ["", *header], 1
-    elif odd := next(((line, len(cells)) for line, cells in rows if len(cells) != count), None):
+    more = min((len(cells) - count for _, cells in rows), default=0)
+    if more > 0 and not any(any(cells[count:]) for _, cells in rows):
+        header = header + [""] * more
+    elif more == 1 and _numbered(rows):
+        header = ["", *header]
+    if odd := next(((line, len(cells)) for line, cells in rows if len(cells) != len(header)), None):
         cells = "1 cell" if odd[1] == 1 else f"{odd[1]} cells"
         raise refusal("data/other-number-of-cells", path=path, line=odd[0], cells=cells, count=count)
-    elif count > 1 and not header[-1].strip() and _empty(rows):
-        header, last = header[:-1], 1
-    elif nameless and _numbered(rows, nameless):
-        first = nameless
-    names = header[first:]
-    if len(set(names)) != len(names) or not names or not all(name.strip() for name in names):
+    begin = next((i for i, name in enumerate(header) if name.strip()), len(header))
+    places: dict[str, int] = {}
+    for i, name in enumerate(header):
+        values = () if name.strip() else {cells[i] for _, cells in rows}
+        if not name.strip() and not any(values):
+            notes["empty cells at the ends of lines left out" if i > begin else "empty columns left out"] += len(rows)
+        elif i < begin and not holds_words(values):
+            notes["index columns without a name left out"] += 1
+        else:
+            places[f"{INDEX} {i + 1}" if i < begin else name] = i
+            if i > begin and not name.strip():
+                begin = len(header)  # cells that nothing names
+    if begin == len(header) or len(places) < sum(map(bool, map(str.strip, header))):
         raise refusal("data/no-header", path=path, begin=", ".join(map(repr, header))[:200])
-    if last:
-        notes["empty cells at the ends of lines left out"] += len(rows)
-    notes["index columns without a name left out"] += first
-    return {name: i for i, name in enumerate(header) if i >= first}
+    return places
 
 
-def _empty(rows: Sequence[Record]) -> bool:
-    """Whether every record ends with an empty cell, as behind a separator at the end of the line."""
-    return all(not cells[-1] for _, cells in rows)
+INDEX = "(index)"
+"""Name of a column that has none and says something of its rows: the index of a table of pandas."""
 
 
-def _numbered(rows: Sequence[Record], columns: int = 1) -> bool:
-    """Whether records begin with the numbers that pandas (one for each level of an index) or R gives to rows."""
-    numbers = {tuple(cells[:columns]) for _, cells in rows}
-    return bool(rows) and len(numbers) == len(rows) and all(n.isascii() and n.isdigit() for row in numbers for n in row)
+def holds_words(cells: Iterable[Any]) -> bool:
+    """Whether an index says more of rows than their number or a date."""
+    return any(isinstance(cell, str) and not re.fullmatch(r"[\d\s.:TZ+-]*", cell) for cell in cells)
+
+
+def _numbered(rows: Sequence[Record]) -> bool:
+    """Whether records begin with the numbers that R gives to rows under a header without a name for them."""
+    numbers = {cells[0] for _, cells in rows}
+    return len(numbers) == len(rows) and all(n.isascii() and n.isdigit() for n in numbers)
 
 
 def _refuse_swallowed(path: Path, text: str, rows: Sequence[Record], separator: str, notes: Counter[str]) -> None:

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 
 from lib.errors import InputError, refusal, refusing
 from lib.runs.files import once, refuse_device, sha256_file, sha256_json, utf8
-from lib.stages.data.csv_table import read_csv
+from lib.stages.data.csv_table import holds_words, read_csv
 from lib.stages.data.json_layouts import other_layout
 
 Rows = list[dict[str, Any]]
@@ -62,7 +63,7 @@ def file_fingerprint(path: Path) -> str:
 
 def data_files(folder: Path) -> list[Path]:
     """The files of a folder that the workbook can read, by name."""
-    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+    files = (p for p in folder.iterdir() if p.is_file() and not p.name.startswith((".", "~$")))  # ~$: Excel's lock
     return sorted(p for p in files if p.suffix.lower() in FORMATS and not tells_of_data(p))
 
 
@@ -152,8 +153,10 @@ def _json_rows(path: Path, text: str, changes: Counter[str]) -> Rows:
     columns = dict.fromkeys(name for row in rows for name in row)
     rows, classes = [columns | row for row in rows], dict[str, list[str]]()
     for key, said in beside.items():
-        if says_classes(key) and (names := class_names(said)):
-            add_classes(classes, {LABEL: names})
+        inside = said.items() if isinstance(said, dict) else ()
+        told = [names for name, part in ((key, said), *inside) if says_classes(name) and (names := class_names(part))]
+        if told or (found := classes_of({key: said})):
+            add_classes(classes, {LABEL: told[0]} if told else found)
         else:
             changes[f"not used: the key {key[:60]!r} beside the rows"] += 1
     return named_classes(rows, classes, changes)
@@ -167,6 +170,8 @@ def _parquet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
     table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw))
     metadata = table.schema.metadata or {}
     index = [name for name in table.column_names if re.fullmatch(r"__index_level_\d+__", name)]  # of pandas
+    index = [name for name in index if not holds_words(table.column(name).to_pylist())]
+    changes["index columns without a name left out"] += len(index)
     table = table.drop_columns(index)
     for place, field in enumerate(table.schema):
         with contextlib.suppress(pyarrow.ArrowInvalid):  # Spark writes texts as bytes
@@ -189,14 +194,25 @@ def _parquet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
     return named_classes(rows, classes_of(info), changes)
 
 
+_MOST_BYTES, _MOST_TIMES = 256 << 20, 100
+"""An XLSX file that unpacks to more bytes than this, and to so many times its own, is made to fill the memory."""
+
+
 def _sheet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
     """The rows of the first sheet that is not hidden: values in place of formulas, names in its first row."""
     with refusing(ModuleNotFoundError, "data/no-openpyxl", path=path):
         import openpyxl
     try:
-        book = openpyxl.load_workbook(io.BytesIO(raw), data_only=True)
+        packed = zipfile.ZipFile(io.BytesIO(raw))
+        unpacked = sum(part.file_size for part in packed.infolist())
+        if unpacked <= max(_MOST_BYTES, _MOST_TIMES * len(raw)):
+            book = openpyxl.load_workbook(io.BytesIO(raw), data_only=True)
+            formulas = any(b"<f" in packed.read(name) for name in packed.namelist() if "/worksheets/" in name)
+            written = openpyxl.load_workbook(io.BytesIO(raw)) if formulas else book
     except Exception as error:  # openpyxl has no error of its own for what is no workbook
         raise ValueError(f"no XLSX workbook: {error}") from None
+    if unpacked > max(_MOST_BYTES, _MOST_TIMES * len(raw)):
+        raise refusal("data/zip-bomb", path=path, unpacked=unpacked, times=unpacked // len(raw))
     seen = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible"] or book.worksheets
     if not seen:
         raise _empty(path)
@@ -207,6 +223,9 @@ def _sheet_rows(path: Path, raw: bytes, changes: Counter[str]) -> Rows:
             failed = cell.data_type == "e"
             changes["cells with an error such as #N/A read as empty"] += failed
             grid.setdefault(row, {})[column] = "" if failed else openpyxl.utils.escape.unescape(str(cell.value))
+    unsaved = [place for place, cell in written[sheet.title]._cells.items() if cell.data_type == "f"]
+    unsaved = [place for place in unsaved if place not in sheet._cells or sheet._cells[place].value is None]
+    changes["cells with a formula whose value the file does not hold, read as empty"] += len(unsaved)
     if len(grid) < 2:
         raise _empty(path)
     header = next(iter(grid.values()))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import itemgetter
 from typing import Any
 
@@ -16,20 +18,45 @@ from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task, texts_of
 from lib.prompts.templates import (
     ASSISTANT,
+    RENAMED,
     SYSTEM,
-    TAG,
     USER,
     Message,
+    in_tags_of,
     is_blank,
     read_block,
     split_thinking,
-    think_tags,
-    with_thinking,
 )
-from lib.stages.data.cleaning import DamagedError, Row, RowsOfTask, Splits, not_used, plain, safe_text, usable_rows
-from lib.stages.data.data_files import NAMES, Rows
+from lib.scoring.answer_metrics import refuse_other_form
+from lib.settings import Settings
+from lib.stages.data.cleaning import (
+    DamagedError,
+    Row,
+    RowsOfTask,
+    Splits,
+    find_column,
+    not_used,
+    plain,
+    safe_text,
+    usable_rows,
+)
+from lib.stages.data.data_files import NAMES, Rows, alone
+from lib.stages.data.labels import label_reader
 from lib.stages.data.near_duplicates import audit, joined, normalise
-from lib.stages.data.turns import ALPACA, FORMS, MASKS, REASONING, ROLES, SYSTEMS, Turn, find_form, request_of, turns_of
+from lib.stages.data.turns import (
+    ALPACA,
+    FORMS,
+    MASKS,
+    REASONING,
+    ROLES,
+    SYSTEMS,
+    Turn,
+    asked_in_think_tags,
+    find_form,
+    request_of,
+    says_of_turns,
+    turns_of,
+)
 
 _NAMED = re.compile("(?:求助者|来访者|支持者|心理咨询师|[Cc]lient|[Cc]ounselor)[：:]")
 
@@ -72,8 +99,37 @@ def clean_conversations(table: Rows, where: str, task: Task) -> tuple[list[Row],
     _refuse(unknown, counts, len(table), len(rows), where, task)
     _set_shared(rows, requests)
     used = {*FORMS[form], *KEPT, *MASKS, *REASONING, *SYSTEMS, "mask_history", *(ALPACA if form == "alpaca" else ())}
+    used |= {name for name, own in columns.items() if any(says_of_turns(name, cells[own]) for cells in table)}
     used |= {name for name in columns if any("dropped" in why and f"({name}: " in why for why in counts)}
     return rows, counts + not_used([name for folded, name in columns.items() if folded not in used], len(table))
+
+
+def told_by_rows(
+    table: Rows, label_names: Sequence[str] | None, text_column: str = "", label_column: str = ""
+) -> tuple[str, bool] | None:
+    """Task and thinking of rows that are conversations, by their answers; None of texts with labels.
+
+    Rows that can be read as both (instruction, input, output) have labels where columns or names of labels were chosen,
+    or each answer is a label.
+    """
+    try:
+        form, columns = find_form(list(table[0]), "")
+    except InputError:
+        return None
+    with contextlib.suppress(InputError):
+        find_column(list(table[0]), text_column, "text")
+        label = find_column(list(table[0]), label_column, "label")
+        read = label_reader(label_names or Settings().label_names)
+        if label_names or text_column or label_column or all(read(alone(row.get(label))) is not None for row in table):
+            return None
+    several = thinking = False
+    for cells in table:
+        with contextlib.suppress(DamagedError, ValueError, RecursionError):  # counted when the rows are cleaned
+            turns = turns_of({folded: cells.get(name) for folded, name in columns.items()}, form, Counter())
+            answers = [turn.text for turn in turns if turn.role == ASSISTANT]
+            several = several or len(answers) > 1
+            thinking = thinking or any(split_thinking(answer)[0] for answer in answers)
+    return "dialogue" if several else "instruction", thinking
 
 
 def _set_shared(rows: Sequence[Row], requests: Sequence[tuple[str, str]]) -> None:
@@ -112,7 +168,14 @@ def _messages(turns: Sequence[Turn], task: Task, changed: Counter[str], unknown:
         raise DamagedError("every answer marked as not to be learned")
     changed["answers marked as not to be learned: in the context, not in the loss"] += unlearned
     _check_thinking(messages, task, changed)
-    return [{"role": SYSTEM, "content": system}, *messages]
+    messages = [{"role": SYSTEM, "content": system}, *messages]
+    answers = [message["content"] for message in messages[2::2]]
+    for message in messages if task.thinking else ():
+        if message["role"] != ASSISTANT:
+            content = asked_in_think_tags(message["content"], answers)
+            changed[RENAMED] += content != message["content"]
+            message["content"] = content
+    return messages
 
 
 def _in_turn(messages: Sequence[Message], changed: Counter[str]) -> list[Message]:
@@ -175,22 +238,6 @@ def _refuse(unknown: Counter[str], counts: Counter[str], rows: int, kept: int, w
         raise InputError(f"{where}: the roles {names}.", f"one of {', '.join(ROLES)}.", "rename them.")
 
 
-def in_tags_of(tokenizer: Any, messages: Sequence[Message], changed: Counter[str]) -> list[Message]:
-    """The turns with thinking in the form of the base model's own tags; answers that this changes are counted."""
-    tags, made = think_tags(tokenizer), []
-    thinking = "changed: thinking brought into the base model's form (tags, white space)"
-    changed[thinking] += 0  # the first of the two in the table
-    for message in messages:
-        if message["role"] == ASSISTANT:
-            content, what = with_thinking(tokenizer, *split_thinking(message["content"])), thinking
-        else:  # a system turn that asks for <thinking> where answers have <think>
-            content = TAG.sub(lambda found: tags["/" in found[0]], message["content"])
-            what = "changed: tags that a turn asks for, named as the base model writes them"
-        changed[what] += content != message["content"]
-        made.append({**message, "content": content})
-    return made
-
-
 class Conversations(RowsOfTask):
     """Rows of turns whose answers are free text."""
 
@@ -202,11 +249,27 @@ class Conversations(RowsOfTask):
     def clean(self, table: Rows, where: str) -> tuple[list[Row], Counter[str]]:
         return clean_conversations(table, where, self.task)
 
+    def write_tags_of(self, tokenizer: Any, splits: Splits, changed: Counter[str]) -> None:
+        """The system turn that later questions bring is written as that of the rows."""
+        rows = [row for split in splits.values() for row in split]
+        for row in rows:
+            row.messages = in_tags_of(tokenizer, row.messages, changed)
+        told = self.task.system_prompt
+        if self.task.thinking:
+            told = asked_in_think_tags(told, [message["content"] for row in rows for message in row.messages[2::2]])
+        [turn] = in_tags_of(tokenizer, [{"role": SYSTEM, "content": told}], Counter())
+        self.task = replace(self.task, system_prompt=turn["content"])
+
     def require_any(self, splits: Splits, flow: Mapping[tuple[str, str], int]) -> None:
         if not any(splits.values()):
             reasons = "; ".join(f"{count:,} rows {step}" for (step, _), count in flow.items())
             found = f"no usable conversation ({reasons})."
             raise InputError(found, "rows with a question and an answer.", "correct them.")
+
+    def require_each(self, splits: Splits) -> None:
+        refuse_other_form(
+            self.settings.answer_metric, [row.messages[-1]["content"] for rows in splits.values() for row in rows]
+        )
 
     def refuse_few(self, rows: Sequence[Row]) -> None:
         groups = Counter(row.group for row in rows)

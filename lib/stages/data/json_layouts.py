@@ -15,6 +15,7 @@ from typing import Any
 
 from lib.errors import InputError, refusal
 from lib.runs.files import KeyTwiceError, once
+from lib.stages.data.csv_table import INDEX, holds_words
 
 Rows = list[dict[str, Any]]
 
@@ -49,7 +50,10 @@ def other_layout(
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a single {_kind(value)}.", EXPECTED, "check the file.")
     _viewer(path, value)
-    found = _split(path, value) or _table(value) or _lists(value) or _columns_or_index(value, known)
+    found = _split(path, value) or _table(value) or _lists(value)
+    if not found and len(value) == 1:  # of an index of a single row it is not known better
+        _refuse_nested(path, value)
+    found = found or _columns_or_index(value, known)
     return found or _wrapped(path, value, {} if beside is None else beside)
 
 
@@ -108,7 +112,17 @@ def _split(path: Path, value: dict[str, Any]) -> tuple[Rows, str] | None:
     if len(set(map(str, names))) < len(names):
         have = ", ".join(map(repr, names))[:200]
         raise InputError(f"{path} has the columns {have}.", "names that differ.", "rename or drop one of those alike.")
-    return [dict(zip(map(str, names), row, strict=True)) for row in rows], 'pandas\' orient="split"'
+    made = [dict(zip(map(str, names), row, strict=True)) for row in rows]
+    return _indexed(made, value.get("index")), 'pandas\' orient="split"'
+
+
+def _indexed(rows: Rows, index: Any) -> Rows:
+    """Rows with the levels of their index, of which some say more than a number."""
+    if not isinstance(index, list) or len(index) != len(rows):
+        return rows
+    levels = list(zip(*(one if isinstance(one, list) else [one] for one in index), strict=False))
+    told = {f"{INDEX} {i}": cells for i, cells in enumerate(levels, 1) if holds_words(cells)}
+    return [{**row, **{name: cells[i] for name, cells in told.items()}} for i, row in enumerate(rows)]
 
 
 def _table(value: dict[str, Any]) -> tuple[Rows, str] | None:
@@ -118,6 +132,7 @@ def _table(value: dict[str, Any]) -> tuple[Rows, str] | None:
         return None
     index = schema.get("primaryKey") or []
     index = [index] if isinstance(index, str) else index
+    index = [name for name in index if not holds_words(row.get(name) for row in rows)]
     return [{k: v for k, v in row.items() if k not in index} for row in rows], 'pandas\' orient="table"'
 
 
@@ -132,11 +147,10 @@ def _columns_or_index(value: dict[str, Any], known: Collection[str]) -> tuple[Ro
     for are in (_numbers, lambda names: len(names) > 1 and not any(name.strip().lower() in known for name in names)):
         outside, inside = are(value), are(parts[0])
         if outside and not inside:
-            return parts, 'pandas\' orient="index"'
+            return _indexed(parts, list(value)), 'pandas\' orient="index"'
         if inside and not outside:
-            return [
-                {name: cells[key] for name, cells in value.items()} for key in parts[0]
-            ], 'pandas\' orient="columns"'
+            rows = [{name: cells[key] for name, cells in value.items()} for key in parts[0]]
+            return _indexed(rows, list(parts[0])), 'pandas\' orient="columns"'
     return None
 
 
@@ -151,17 +165,42 @@ def _lists(value: dict[str, Any]) -> tuple[Rows, str] | None:
 
 
 def _wrapped(path: Path, value: dict[str, Any], beside: dict[str, Any]) -> tuple[Rows, str] | None:
-    """One list of objects under a key, no object beside it but numbers of names; an object that is a row is none."""
+    """One list of objects under a key, and what tells of them beside it; an object that is a row is none."""
     lists = {key: part for key, part in value.items() if _objects(part)}
     if not lists or _turns(lists):
+        if not lists:
+            _refuse_nested(path, value)
         return None
-    if len(lists) == 1 and not any(isinstance(part, dict) and not _numbering(part) for part in value.values()):
+    if len(lists) > 1:  # COCO's categories beside its rows
+        lists = {key: part for key, part in lists.items() if key.lower() not in _CLASSES}
+    told = (key for key, part in value.items() if isinstance(part, dict) and not _numbering(part))
+    if len(lists) == 1 and all(key.lower() in _TOLD for key in told):
         key, rows = next(iter(lists.items()))
         beside |= {name: part for name, part in value.items() if name != key}
         return rows, f"rows under the key {key!r}"
     names = ", ".join(f"{key!r} ({len(part):,})" for key, part in lists.items())
     key = next(iter(lists))
     raise refusal("data/several-lists", path=path, names=names, expected=EXPECTED, key=key)
+
+
+def _refuse_nested(path: Path, value: dict[str, Any]) -> None:
+    """Refuse an object in whose objects there is a list of several objects that are no turns."""
+    todo: list[tuple[list[str], dict[str, Any]]] = [([], value)]
+    for outer, part in todo:
+        for key, found in part.items():
+            keys = [*outer, key]
+            if outer and _objects(found) and len(found) > 1 and not _turns({key: found}):
+                inside = "".join(f"[{name!r}]" for name in keys)
+                raise refusal("data/nested-rows", path=path, where=".".join(keys), inside=inside, count=len(found))
+            if isinstance(found, dict) and len(todo) < _DEEPEST:
+                todo.append((keys, found))
+
+
+_DEEPEST = 100
+"""Objects that are looked into."""
+_CLASSES = ("categories", "classes", "labels")
+_TOLD = ("features", "info", "dataset_info", "meta", "metadata", "schema")
+"""Keys of a list of classes, and of objects that tell of the rows: classes are heeded, the rest is named."""
 
 
 def _turns(lists: Mapping[str, list[Any]]) -> bool:

@@ -4,32 +4,16 @@ table keeps them, and how they are asked. No question is asked without them."""
 from __future__ import annotations
 
 import ast
-import contextlib
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import yaml
-
-from lib.errors import InputError, refusal
-from lib.runs.files import read_json, utf8
+from lib.errors import refusal
 from lib.settings import folded
-from lib.stages.data.data_files import (
-    LABEL,
-    NAMES,
-    DamagedError,
-    Rows,
-    add_classes,
-    alone,
-    class_names,
-    classes_of,
-    says_classes,
-    tells_of_data,
-    words_of,
-)
+from lib.stages.data.data_files import NAMES, DamagedError, Rows, alone, class_names
 
 Read = Callable[[Any], int | None]
 
@@ -76,7 +60,7 @@ def meanings(
     """
     meant: dict[str, int] = {}
     used: list[str] = []
-    known = (*NAMES["class_name_columns"], *NAMES["label_columns"], f"{label}_text".lower())
+    known = (*NAMES["class_name_columns"], *NAMES["label_columns"], *_SURE, f"{label}_text".lower())
     for column in others:
         cells = [(alone(row.get(label)), alone(row.get(column))) for row in table]
         cells = [pair for pair in cells if not any(cell is None or cell == "" for cell in pair)]
@@ -91,17 +75,74 @@ def meanings(
         elif (
             not chosen
             and (one_each or column.strip().lower() in known)
-            and (pairs or label.strip().lower() not in NAMES["label_columns"][:3])
+            and (pairs or label.strip().lower() not in _SURE or column.strip().lower() in _SURE)
             and (one_each or any(read(value) != read(cell) for value, cell in cells))
         ):
             raise refusal("data/columns-contradict", where=where, columns=", ".join(map(repr, [label, *used, column])))
     return (meant if any(read(number) != meaning for number, meaning in meant.items()) else {}), used
 
 
+def said_by_name(label: str, labels: int, read: Read) -> dict[str, int]:
+    """What the name of a column of labels says that its numbers mean: is_negative (1 is negative), 0正面 1负面.
+
+    Args:
+        labels: how many there are. A column that is called by one of two says what 1 and true are; a single letter, as
+            the y of any target, says nothing.
+    """
+    word = re.sub(r"^(is[ _-]*|是否)", "", label.strip(), flags=re.IGNORECASE)
+    parts = re.findall(r"[0-9]+|[A-Z]?[^\W\d_A-Z]+|[A-Z]+", word)
+    told = [part for part in (parts if read(word) is None else [word]) if part.isdecimal() or read(part) is not None]
+    told = [part for part in told if not re.fullmatch("[A-Za-z]", part)]
+    said: dict[str, int] = {}
+    if labels == 2 and len(told) == 1 and is_name(told[0]):
+        denied = not _DENIALS.isdisjoint(map(str.lower, set(parts) - set(told)))
+        said["1"] = abs(read(told[0]) - denied)  # type: ignore[operator]
+    for pair in itertools.pairwise(told):
+        number, name = pair if told[0].isdecimal() else pair[::-1]
+        if number.isdecimal() and is_name(name):
+            said[number] = read(name)  # type: ignore[assignment]
+    if labels == 2 and said.keys() and said.keys() <= {"0", "1"}:  # of two, one tells the other
+        said = {str(1 - int(number)): 1 - meaning for number, meaning in said.items()} | said
+        said |= {"false": said["0"], "true": said["1"]}
+    return said
+
+
+_DENIALS = frozenset(("not", "non", "no"))
+
+
+def class_lists(table: Rows, columns: Sequence[str], read: Read, labels: int) -> list[str]:
+    """The columns in which every row lists the classes: its number counts places there."""
+
+    def lists(cell: Any) -> bool:
+        return sorted((read(name) for name in class_names(_read(cell))), key=str) == list(range(labels))
+
+    return [name for name in columns if table and all(lists(row.get(name)) for row in table)]
+
+
+def told_by_lists(cells: Mapping[str, Any], lists: Sequence[str], value: Any, where: str) -> Any:
+    """The name of a class in place of its number, as the row's own lists have it.
+
+    Raises:
+        InputError: the lists have different orders.
+    """
+    place = folded(value)
+    if not lists or is_name(value) or not place.isdecimal():
+        return value
+    named = [_read(cells[name]) for name in lists]
+    if any(names != named[0] for names in named):
+        raise refusal("data/columns-contradict", where=where, columns=", ".join(map(repr, lists)))
+    return named[0][int(place)] if int(place) < len(named[0]) else value
+
+
+_SURE = (*NAMES["label_columns"][:3], "gold_label", "true_label")
+"""Columns called so are of labels, numbers or not."""
+
 # Options of a question.
 
-_COLUMN = re.compile(r"(|op|opt|option|choice|选项)[ _-]?([a-z]|(?<=[a-z _项-])[0-9])")
-"""A column for one option: A, opa (MedMCQA), option_a, optionA, choice1, 选项A."""
+_COLUMN = re.compile(
+    r"(|op|opt|options?|choices?|sol|选项)[ _./-]?([a-z]|(?<=[a-z _./项-])[0-9])[)）.]?(?:[ _-]?(?:option|选项))?"
+)
+"""A column for one option: A, opa (MedMCQA), option_a, options.A, choice1, sol2, 选项A, A选项."""
 _LETTERED = re.compile(r"\s*[(（]?([A-Za-z])\s*[.．、:：)）]\s*(.*)", re.DOTALL)
 """An option with its letter."""
 _KEYS, _TEXTS = ("label", "labels", "key", "letter", "id"), ("text", "texts", "value", "content")
@@ -127,7 +168,7 @@ def option_columns(names: Sequence[str], letters: Mapping[str, str]) -> dict[str
         return {"": whole[0]}
     found: dict[str, dict[str, str]] = {}
     for name in names:
-        if (read := _COLUMN.fullmatch(name.strip().lower())) and (read[2].isdigit() or read[2].upper() in letters):
+        if (read := _COLUMN.fullmatch(folded(name))) and (read[2].isdigit() or read[2].upper() in letters):
             found.setdefault(read[1], {})[read[2]] = name
     most = max(found.values(), key=len, default={})
     return {key.upper(): most[key] for key in sorted(most)} if len(most) > 1 else {}
@@ -159,7 +200,7 @@ def _is_empty(said: Any) -> bool:
 
 def _letters(named: Sequence[str]) -> list[str]:
     """The letter of each option: that in its name, else by the order of the numbers in them, else by its place."""
-    read = [found[2].upper() for name in named if (found := _COLUMN.fullmatch(name.lower()))]
+    read = [found[2].upper() for name in named if (found := _COLUMN.fullmatch(folded(name)))]
     read = read if len(read) == len(named) else [name for name in named if name.isdecimal()]
     if len(set(read)) == len(named) and all(map(str.isalpha, read)):
         return read
@@ -248,7 +289,7 @@ def _read(given: Any) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             return read(given)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
     return [line for line in given.splitlines() if line.strip()]
 
@@ -271,163 +312,3 @@ def _pairs(given: Any) -> list[tuple[Any, Any]]:
         named = [(number if key is None else key, said) for number, (key, said) in enumerate(found)]
         return [] if any(said is None for _, said in named) else named
     return [(f"#{i}", said) for i, said in enumerate(given)]
-
-
-# What stands beside the data and names the classes.
-
-
-def card_of(folder: Path) -> dict[str, Any] | None:
-    """The head of a repository's README.md; empty where there is none, None where it cannot be read."""
-    card = next(iter(sorted(folder.glob("[Rr][Ee][Aa][Dd][Mm][Ee].[Mm][Dd]"))), None)
-    text = card.read_text(encoding="utf-8-sig", errors="replace") if card is not None and card.is_file() else ""
-    head = _HEAD.match(text)
-    content = _yaml(head[1]) if head else {}
-    return None if content == "" else content if isinstance(content, dict) else {}
-
-
-_HEAD = re.compile(r"---\n(.*?)\n---", re.DOTALL)
-
-
-def _yaml(text: str) -> Any:
-    """What YAML says; an empty text where it cannot be read."""
-    try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            return ""  # aliases of aliases stand for more than any memory holds
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return ""
-
-
-def classes_beside(
-    path: Path, own: Collection[Path] = (), label_names: Sequence[str] = ()
-) -> tuple[dict[str, list[str]], Counter[str]]:
-    """Names of classes by column, as cards, descriptions and lists beside the data say them; what says none.
-
-    A card may stand one folder above the data.
-
-    Args:
-        own: the files of the data.
-        label_names: of the run, where it has labels that may be numbers: sentences are read that say which each has.
-    """
-    folder = path if path.is_dir() else path.parent
-    read, found, unread = label_reader(label_names), dict[str, list[str]](), Counter[str]()
-
-    def add(more: Mapping[str, list[str]]) -> None:
-        for column, names in more.items():
-            known = [number for name in names if (number := read(name)) is not None]
-            words = [label_names[number] for number in known] if len(set(known)) == len(names) else names
-            for other, others in list(found.items()):
-                if LABEL in (column, other) and others != words and sorted(others) == sorted(words):
-                    found[other] = []
-            add_classes(found, {column: words})
-
-    for place in (folder, folder.parent):
-        if not found:
-            card = card_of(place)
-            unread["not used: the head of README.md, which is no YAML (aliases are not read)"] += card is None
-            add(classes_of((card or {}).get("dataset_info")))
-            for name in ("dataset_info.json", "dataset_infos.json"):
-                with contextlib.suppress(InputError, OSError):
-                    add(classes_of(read_json(place / name)))
-    for file in sorted(folder.glob("*")):
-        lists, tells = says_classes(file.stem) or file.name.lower() in NAMES["class_files"], tells_of_data(file)
-        if file.suffix.lower() not in _SUFFIXES or file in (path, *own) or not (lists or tells) or not file.is_file():
-            continue
-        names, says = _told(file, lists, label_names, read)
-        for words in names:
-            add({LABEL: words})
-        if not names and says and (lists or label_names):
-            what = "the file {!r} beside the data" if lists else "what the file {!r} says of labels"
-            unread[f"not used: {what.format(file.name[:60])}"] += 1
-    return found, unread
-
-
-_SUFFIXES = (".txt", ".json", ".csv", ".tsv", ".yaml", ".yml", ".md", "")
-_PAIR = re.compile(r"""['"]?(\d+)['"]?[\s,;:=]{1,9}(.{1,99})|(.{1,99}?)[\s,;:=]{1,9}['"]?(\d+)['"]?""")
-"""A line with a class and its number."""
-_LARGEST = 1 << 20
-"""Bytes of a file that is looked through for names of classes."""
-
-
-def _told(file: Path, lists: bool, label_names: Sequence[str], read: Read) -> tuple[list[list[str]], bool]:
-    """The orders of classes that a file says, and whether it says anything of them.
-
-    Args:
-        lists: whether it is called so; else it tells of data, and of any other names only those of our labels count.
-    """
-    try:
-        if file.stat().st_size > _LARGEST:
-            return [], lists
-        text = utf8(file, file.read_bytes()).lstrip("\ufeff").replace("\r\n", "\n")
-    except (InputError, OSError):
-        return [], True
-    if file.suffix.lower() in (".json", ".yaml", ".yml"):
-        value = _yaml(text) if file.suffix.lower() != ".json" else _json(text)
-        names, says = _named_in(value, read, lists)
-        return names, says or lists
-    head = _HEAD.match(text)
-    names, says = _named_in(_yaml(head[1]) if head else None, read, False)
-    if prose := classes_in_text(text[head.end() :] if head else text, label_names, read):
-        names.append(prose)
-    elif not names and lists and (listed := _listed(text, file.suffix.lower())):
-        names.append(listed)
-    return names, says or lists or _SPEAKS.search(text) is not None
-
-
-def _json(text: str) -> Any:
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text)
-
-
-def _named_in(value: Any, read: Read, lists: bool) -> tuple[list[list[str]], bool]:
-    """The lists of classes in what a file holds, and whether a key speaks of any."""
-    found, says, todo = [], False, [("", value, lists)]
-    for key, part, classes in todo:
-        sure = classes and (lists or not _CLASSES & set(words_of(key)) <= set(NAMES["other_words"]))
-        if classes and (names := class_names(part)) and (sure or all(read(name) is not None for name in names)):
-            found.append(names)
-        elif len(todo) < 1000 and isinstance(part, dict) and "features" not in part:  # those are of columns
-            todo += [(str(name), inner, says_classes(str(name))) for name, inner in part.items()]
-        says = says or sure
-    return found, says
-
-
-def _listed(text: str, suffix: str) -> list[str]:
-    """The names of classes that a text lists, one a line, with their numbers or in order."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    pairs = [pair for line in lines if (pair := _PAIR.fullmatch(line))]
-    numbered = class_names({pair[1] or pair[4]: (pair[2] or pair[3]).strip("\"' ") for pair in pairs})
-    if numbered and len(pairs) in (len(lines), len(lines) - 1):  # a line may be the header
-        return numbered
-    return class_names(lines) if suffix == ".txt" and not any(line.isdecimal() for line in lines) else []  # one a row
-
-
-_BETWEEN = r"(?:[^\w\n,;，；、。%]|{}){{0,24}}?".format("|".join(NAMES["between"]))
-"""What may stand between a number and what it means."""
-_NUMBER, _CLASS = r"(?<![a-z\d.])[01](?![a-z\d%]|\.\d)", "(?:label|class|标签|类别)"
-_SPEAKS = re.compile(f"{_NUMBER}.*{_CLASS}|{_CLASS}.*{_NUMBER}", re.IGNORECASE)
-"""A line of a text that seems to say what a number means."""
-_CLASSES = frozenset(NAMES["class_words"])
-
-
-def classes_in_text(text: str, label_names: Sequence[str], read: Read) -> list[str]:
-    """The labels in the order of the numbers that a text gives them: `0: 负面, 1: 正面`, `negative (0)`, a table.
-
-    Nothing where it does not give each label one number of its own.
-    """
-    known = {word for pair in NAMES["poles"] for side in pair for word in side} | set(label_names)
-    known = {word for word in known if read(word) is not None and is_name(word)}
-    if not known:
-        return []
-    words = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
-    name = rf"(?<![a-z])({words})(?![a-z])"
-    number = r"(?<![\d.a-z])(\d)(?![\d.%a-z])"
-    orders = []
-    for first, second in ((number, name), (name, number)):
-        pairs = {
-            pair if first == number else pair[::-1] for pair in re.findall(rf"(?i){first}{_BETWEEN}{second}", text)
-        }
-        told = {(int(number), read(name)) for number, name in pairs if int(number) < len(label_names)}
-        if len(told) == len({n for n, _ in told}) == len({meaning for _, meaning in told}) == len(label_names):
-            orders.append([label_names[meaning] for _, meaning in sorted(told)])
-    return orders[0] if orders and all(order == orders[0] for order in orders) else []

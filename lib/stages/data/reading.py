@@ -18,10 +18,11 @@ from lib.hub import fetching, sources
 from lib.hub.sources import SourceError, is_data, looks_like_path
 from lib.models.base_model import called, fallback_note, first_available
 from lib.runs.files import sha256_file, sha256_json, user_path
-from lib.settings import SAMPLE_DATASET, Settings
+from lib.settings import SAMPLES, Settings
 from lib.stages.data import sample
+from lib.stages.data.beside import card_of, classes_beside
 from lib.stages.data.data_files import FORMATS, NAMES, Rows, alone, by_name, data_files, named_classes, read_file
-from lib.stages.data.labels import card_of, classes_beside, is_name
+from lib.stages.data.labels import is_name
 
 SPLITS = ("train", "validation", "test")
 SPLIT_OF_NAME = by_name("splits")
@@ -180,7 +181,10 @@ def _said_splits(words: str, rows: Rows, label_column: str) -> tuple[list[str], 
         else:
             means = {value: {split} for value in values if (split := SPLIT_OF_NAME.get(_NO_WORD.sub("", value)))}
             several = set().union(*means.values())
-            named = str(column).strip().lower() in NAMES["split_columns"] and bool(means)
+            name = str(column).strip().lower()
+            if not means and (name in NAMES["split_columns"][:5] or (certain and name.startswith(("is", "是否")))):
+                raise _half_said(words, column, rows)
+            named = name in NAMES["split_columns"] and bool(means)
             if not named and (len(several) < 2 or 2 * sum(_value(row[column]) in means for row in rows) <= len(rows)):
                 continue
             sure = True
@@ -207,11 +211,11 @@ def _value(cell: Any) -> str:
 def _marked_split(column: str) -> tuple[str, bool]:
     """The split whose rows a column of 0 and 1 marks by its name (is_test), and whether it does so alone.
 
-    is_valid may say that a row is in order.
+    is_valid may say that a row is in order; is_deleted, ISBN or issue say nothing of splits.
     """
     begins, word = re.fullmatch(r"((?:is|in|for|是否|用于)?)(.*)", re.sub(r"[\W_]", "", str(column).lower())).groups()
     marks = SPLIT_OF_NAME.get(word, "")
-    return marks, marks == "test" or (bool(begins) and word != "valid")
+    return marks, marks == "test" or bool(marks and begins and word != "valid")
 
 
 def _half_said(words: str, column: str, rows: Rows) -> InputError:
@@ -283,6 +287,11 @@ def _checked(
         if split != "all" and len(set(map(_pattern, names))) > 1:
             several = f"several tables: {', '.join(names[:4])} for {split}"
             raise refusal("data/several-tables", words=words, several=several)
+        parts = [(_pattern(name), part[2], part[1]) for name in names if (part := _SHARD.search(name))]
+        counts = {pattern: count for pattern, count, _ in parts}
+        if len(set(parts)) < len(parts) or any(counts[pattern] != count for pattern, count, _ in parts):
+            several = f"parts twice, or of two tables: {', '.join(names[:4])}"
+            raise refusal("data/several-tables", words=words, several=several)
         for (pattern, count), have in shards.items():
             if len(have) < int(count) and pattern in map(_pattern, names):
                 parts = ", ".join(sorted(have))[:60]
@@ -292,11 +301,6 @@ def _checked(
     if unused := list(paths.keys() - {name for names in found.values() for name in names}):
         changes[f"not used: the files {', '.join(sorted(unused)[:8])}"] += len(unused)
     return {split: [paths[name] for name in found[split]] for split in (*SPLITS, "all") if split in found}
-
-
-def _stem(name: str) -> str:
-    """A file's name in small letters, without its suffix and the number of a shard."""
-    return re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", Path(name).stem.lower())
 
 
 # Data sets of the hub and of ModelScope: plain files, read like local ones. Scripts are never run.
@@ -345,7 +349,7 @@ def _entries(value: Any) -> list[dict[str, Any]]:
 def _split_of(name: str) -> str | None:
     """The split that a file's name says, or the nearest folder's that says one."""
     *folders, file = name.lower().split("/")
-    stem = _stem(file)
+    stem = re.sub(r"-\d+-of-\d+(-[0-9a-f]+)?$", "", Path(file).stem)  # without the number of a shard
     for part in (stem, *reversed(folders)):
         if part in SPLIT_OF_NAME:
             return SPLIT_OF_NAME[part]
@@ -364,19 +368,27 @@ def choose_data(settings: Settings) -> Table:
     """
 
     def read(source: str, revision: str) -> Table:
-        if source != SAMPLE_DATASET:
+        if source not in SAMPLES:
             names = settings.label_names if settings.task == "classification" else ()
             return read_table(source, revision, settings.label_column, names)
-        if len(settings.label_names) != 2:
+        if SAMPLES[source] != settings.task:
+            raise refusal("data/sample-task", source=source, task=SAMPLES[source], other=settings.task)
+        if settings.task == "classification" and len(settings.label_names) != 2:
             raise refusal("data/sample-names", count=len(settings.label_names))
-        return Table(sample.reviews(), f"the embedded sample corpus, grammar version {sample.VERSION}")
+        called_so = "sample corpus" if source == "sample" else f"corpus {source}"
+        return Table(sample.CORPORA[source](), f"the embedded {called_so}, grammar version {sample.VERSION}")
 
-    entry, table, failures = first_available("dataset", settings, read)
+    by_hand = [text for name, text in NAMES["by_hand"].items() if re.search(name, settings.dataset, re.IGNORECASE)]
+    try:
+        entry, table, failures = first_available("dataset", settings, read)
+    except SourceError as error:
+        raise SourceError(error.found, error.expected, " ".join([error.do, *by_hand]), error.why) from None
     if failures:
         _check_listed(table, entry)
     source = entry["dataset"]
     name = f"{HOTELS} ({called(source)})" if table.is_hotels else source
     stamp = (HOTELS_STAMP,) if table.is_hotels else ()
+    stamp += tuple(by_hand if failures and source in SAMPLES else ())
     notes = (*fallback_note("data set", settings.dataset, name, failures), *stamp)
     return replace(table, asked=source, notes=notes)
 

@@ -9,12 +9,18 @@ One third of the test rows is marked ``pattern: unseen``: sentence patterns or a
 Deliberate faults, so that the audit has something to find (`FAULTS`, counted in rows): exact copies of train rows in
 the test split, copies that differ only in punctuation, near-copies, copies within train, texts with both labels, empty
 texts. They are put in after the distinct rows have been made.
+
+Two further corpora have answers instead of labels, without faults: sentences whose entities are asked for as a JSON
+list (sample-ner), and short texts with a question about one of their facts (sample-qa).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +28,15 @@ from typing import Any
 import yaml
 
 from lib.stages.data.data_files import NAMES
+from lib.stages.data.near_duplicates import normalise
 
 VERSION = 1
 SIZES = {"train": 3000, "validation": 400, "test": 600}
 """Distinct rows a split, before the faults."""
 
 FAULTS: dict[str, int] = NAMES["sample_faults"]
+ANSWERED_SIZES = {"train": 2400, "validation": 200, "test": 300}
+"""Rows a split of the corpora with answers."""
 SEED = 20_240_517
 """The corpus is one fixed data set: its seed is not the run's seed."""
 
@@ -100,8 +109,6 @@ def _review(rng: random.Random, good: bool, unseen: bool) -> str:
 
 def reviews() -> dict[str, list[dict[str, Any]]]:
     """The rows of each split: text, label (0 negative, 1 positive), pattern ("seen" or "unseen"); faults included."""
-    from lib.stages.data.near_duplicates import normalise
-
     rng = random.Random(SEED)
     known: set[str] = set()
     splits: dict[str, list[dict[str, Any]]] = {}
@@ -134,3 +141,60 @@ def _add_faults(splits: dict[str, list[dict[str, Any]]], rng: random.Random) -> 
     )
     for count, (target, change) in zip(FAULTS.values(), changes, strict=True):
         target += [change(next(chosen)) for _ in range(count)]
+
+
+# Corpora with answers, in Alpaca's columns.
+
+Alpaca = dict[str, str]
+
+
+def _filled(rng: random.Random, pattern: str, known: dict[str, str] | None = None) -> tuple[str, list[tuple[str, str]]]:
+    """A pattern with its slots filled, and (slot, text) in their order.
+
+    Args:
+        known: texts of slots that are the same wherever they occur; gets those that are drawn. None = drawn each time.
+    """
+    slots, drawn = words()["slots"], []
+
+    def fill(match: re.Match[str]) -> str:
+        parts = {"人物": ("姓", "名"), "机构": ("号", "类")}.get(match[1], (match[1],))
+        text = (known or {}).get(match[1]) or "".join(rng.choice(slots[part]) for part in parts)
+        if known is not None:
+            known[match[1]] = text
+        drawn.append((match[1], text))
+        return text
+
+    return re.sub(r"\{(\w+)\}", fill, pattern), drawn
+
+
+def _entity_row(rng: random.Random) -> Alpaca:
+    text, drawn = _filled(rng, rng.choice(words()["entity_sentences"]))
+    found = [{"type": slot, "text": name} for slot, name in drawn if slot in words()["entities"]]
+    instruction = f"找出句子里的{'、'.join(words()['entities'])}，只写 JSON 列表。"
+    return {"instruction": instruction, "input": text, "output": json.dumps(found, ensure_ascii=False)}
+
+
+def _question_row(rng: random.Random) -> Alpaca:
+    known: dict[str, str] = {}
+    text, _ = _filled(rng, rng.choice(words()["question_texts"]), known)
+    asked = rng.choice(list(words()["questions"]))
+    question, _ = _filled(rng, rng.choice(words()["questions"][asked]), known)
+    return {"instruction": "读短文，回答问题，只写答案。", "input": f"{text}\n问题：{question}", "output": known[asked]}
+
+
+def _answered(make: Callable[[random.Random], Alpaca]) -> dict[str, list[Alpaca]]:
+    """Distinct rows of each split."""
+    rng, rows = random.Random(SEED), {}
+    while len(rows) < sum(ANSWERED_SIZES.values()):
+        row = make(rng)
+        rows.setdefault(row["input"], row)
+    left = iter(rows.values())
+    return {split: list(itertools.islice(left, size)) for split, size in ANSWERED_SIZES.items()}
+
+
+CORPORA: dict[str, Callable[[], dict[str, list[dict[str, Any]]]]] = {
+    "sample": reviews,
+    "sample-ner": functools.partial(_answered, _entity_row),
+    "sample-qa": functools.partial(_answered, _question_row),
+}
+"""Rows of each split, by the name that `dataset` takes."""

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError, refusal
+from lib.models import loading
 from lib.models.base_model import Base, choose_base, refuse_without_template, resolve_base
+from lib.models.offline_base import ensure_tokenizer
 from lib.models.unpack import RECORD as UNPACKED
 from lib.prompts.tasks import Task, read_task, task_of, texts_of
 from lib.runs.files import read_json, read_jsonl, user_path, write_json, write_jsonl
 from lib.runs.run import Product, ProductDraft, Run
 from lib.scoring.metric import rows_of_folds
-from lib.settings import OFFLINE_BASE, SAMPLE_DATASET, Settings, folded
+from lib.settings import OFFLINE_BASE, SAMPLES, Settings, folded
 from lib.stages.data import near_duplicates, sample
-from lib.stages.data.cleaning import LabelledRows, Row, Splits, clean_split, unlabelled
+from lib.stages.data.beside import classes_beside
+from lib.stages.data.cleaning import UNASKED, LabelledRows, Row, Splits, clean_split, unlabelled
 from lib.stages.data.data_files import file_fingerprint
-from lib.stages.data.dialogues import Conversations, in_tags_of
-from lib.stages.data.labels import classes_beside
+from lib.stages.data.dialogues import Conversations, clean_conversations
 from lib.stages.data.reading import SPLITS, Table, choose_data, read_table
 from lib.stages.data.text_audit import audit_texts, token_lengths, worked_example
 
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 Kind = LabelledRows | Conversations
 
 STAMPS = {
-    (True, True): "offline base model, sample data: not a result about Qwen or ChnSentiCorp",
+    (True, True): "offline base model, sample data: not a result about Qwen or {corpus}",
     (True, False): "offline base model: not a result about Qwen",
-    (False, True): "sample data: not a result about ChnSentiCorp",
+    (False, True): "sample data: not a result about {corpus}",
 }
 """What every page must say, by (offline base, sample data)."""
 
@@ -58,8 +59,7 @@ class DataResult:
         lengths: tokens of each used row, by split; length_table: percentiles and truncated share.
         example: one row as the model sees it (see `worked_example`).
         floor: the linear floor (see `baseline.linear_floor`); empty without labels: there is nothing to classify.
-        text_audit: what the characters of the used rows are (see `text_audit.audit_texts`); empty in a product made
-            before there was this audit.
+        text_audit: what the characters of the used rows are (see `text_audit.audit_texts`).
     """
 
     product: Product
@@ -78,7 +78,7 @@ class DataResult:
     length_table: list[dict[str, Any]]
     example: dict[str, Any]
     floor: dict[str, Any]
-    text_audit: dict[str, Any] = field(default_factory=dict)
+    text_audit: dict[str, Any]
 
     @classmethod
     def read(cls, product: Product) -> DataResult:
@@ -113,7 +113,7 @@ def prepare(settings: Settings, run: Run) -> DataResult:
         InputError: the data set or the base model's tokenizer cannot be used; the message says what to do.
     """
     parameters = settings.pick(*_kind(settings).keys)
-    if settings.dataset == SAMPLE_DATASET:
+    if settings.dataset in SAMPLES:
         parameters["sample_version"] = sample.VERSION
     elif (path := user_path(settings.dataset)).exists():
         parameters["dataset_sha256"] = file_fingerprint(path)
@@ -136,7 +136,7 @@ def _kind(settings: Settings) -> Kind:
 def _with_hash(entry: Mapping[str, str | int]) -> dict[str, str | int]:
     """An entry of `fallbacks`; a local data set with the hash of its files, so that a change is seen."""
     path = user_path(str(entry.get("dataset", "")))
-    local = entry.get("dataset") not in (None, SAMPLE_DATASET) and path.exists()
+    local = entry.get("dataset") not in (None, *SAMPLES) and path.exists()
     return {**entry, "files_sha256": file_fingerprint(path)} if local else dict(entry)
 
 
@@ -144,12 +144,19 @@ _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def rows_from_file(
-    source: str | Path, label_names: Sequence[str], text_column: str = "", label_column: str = ""
+    source: str | Path,
+    label_names: Sequence[str],
+    text_column: str = "",
+    label_column: str = "",
+    conversations: Task | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows to evaluate on, from a file (all rows) or a folder or hub id (its test split), and what became of them.
 
     The columns `id`, `leaked` and `group` of a run's own test.jsonl are kept; other rows are numbered, count as not
     leaked, and are grouped by near-duplication.
+
+    Args:
+        conversations: the task of rows without labels; None = texts with labels.
 
     Returns:
         The rows, and {"rows_available": rows that were read, "left_out": why some cannot be used -> how many, and
@@ -166,13 +173,21 @@ def rows_from_file(
     if keep and any(folded(label).isdecimal() for label in label_names):  # of its own rows a run writes the numbers
         label_names = [str(number) for number in range(len(label_names))]
     whole = [row for rows in labelled.values() for row in rows]  # numbers of labels mean what they do in 01
-    columns = (text_column, label_column, label_names)
-    rows, counts = clean_split(table.splits[name], str(source), *columns, keep=keep, whole=whole)
-    if not rows:
-        raise refusal("data/no-usable-row", where=source)
-    groups = near_duplicates.find_duplicates([row.text for row in rows]).groups.tolist()
-    for row, group in zip(rows, groups, strict=True):
-        row.group = group
+    if conversations is not None:
+        rows, counts = clean_conversations(table.splits[name], str(source), conversations)
+        kind = Conversations(Settings(), conversations)
+        kind.require_any({name: rows}, {(why, name): n for why, n in counts.items() if why.startswith("dropped")})
+        kind.audit({name: rows})  # of one split: the groups alone
+        for row in rows if keep else ():
+            row.extra |= {key: table.splits[name][row.index][key] for key in ours}
+    else:
+        rows, counts = clean_split(table.splits[name], str(source), text_column, label_column, label_names, keep, whole)
+        if not rows:
+            raise refusal("data/no-usable-row", where=source)
+        groups = near_duplicates.find_duplicates([row.text for row in rows]).groups.tolist()
+        for row, group in zip(rows, groups, strict=True):
+            row.group = group
+    for row in rows:
         if keep:  # a table of texts holds them as texts
             said = row.extra["leaked"]
             if (leaked := _FLAGS.get(folded(said))) is None:
@@ -195,20 +210,17 @@ Flow = dict[tuple[str, str], int]
 def _build(settings: Settings, fold: int, work: ProductDraft) -> None:
     table = choose_data(settings)
     divided = divide(settings, table, fold)
-    kind, notes, splits, flow, changes = (
-        getattr(divided, name) for name in ("kind", "notes", "splits", "flow", "changes")
-    )
-    task = kind.task
+    kind, splits, notes = divided.kind, divided.splits, divided.notes
     base, base_notes = choose_base(settings)
-    tokenizer, base_facts = put_tokenizer(base, task, splits["train"], work.folder / "tokenizer")
+    tokenizer, base_facts = put_tokenizer(base, kind.task, splits["train"], work.folder / "tokenizer")
     before = {name: len(rows) for name, rows in splits.items()}
     splits, lengths, length_table, left = measure(tokenizer, divided)
     notes += _much_dropped(before, left)
     shown = {
         "source": table.source,
         "split_rule": divided.rule,
-        "flow": [{"step": step, "split": split, "rows": rows} for (step, split), rows in (flow | left).items()],
-        "changes": dict(changes + table.changes),
+        "flow": [{"step": step, "split": split, "rows": rows} for (step, split), rows in (divided.flow | left).items()],
+        "changes": dict(divided.changes + table.changes),
         **divided.audit,
         "overlaps_used": divided.audit_after["overlaps"],
         "balance": [kind.shape(name, rows) for name, rows in splits.items()],
@@ -217,7 +229,7 @@ def _build(settings: Settings, fold: int, work: ProductDraft) -> None:
         "length_table": length_table,
         "example": worked_example(tokenizer, kind, splits["train"], lengths["train"]),
     }
-    write_json(work.folder / "task.json", task.to_json())
+    write_json(work.folder / "task.json", kind.task.to_json())
     write_json(work.folder / "audit.json", shown)
     for name, rows in splits.items():
         write_jsonl(work.folder / f"{name}.jsonl", [row.to_json(name) for row in rows])
@@ -229,12 +241,12 @@ def _build(settings: Settings, fold: int, work: ProductDraft) -> None:
         work.metrics["floor_accuracy"] = floor["test"]["accuracy"]
         work.metrics["floor_accuracy_leak_free"] = clean["accuracy"] if clean else None
     else:
-        work.facts["task"] = task.kind
+        work.facts["task"] = kind.task.kind
     if base is not None and base.unpacked is not None:  # other weights must make another product
         write_json(work.folder / UNPACKED, dict(base.unpacked))
     _record_sources(work, table, base_facts, base_notes, splits)
     work.facts["folds"] = settings.folds
-    work.facts["prompt_hash"] = task.fingerprint(tokenizer)
+    work.facts["prompt_hash"] = kind.task.fingerprint(tokenizer)
     work.notes += notes
 
 
@@ -274,6 +286,8 @@ def divide(settings: Settings, table: Table, fold: int = 1) -> DividedRows:
     notes = kind.usable(table)
     splits, flow, changes = _clean(table, kind)
     notes += _much_dropped({name: flow["read", name] for name in splits}, flow)
+    if unasked := changes[UNASKED]:
+        notes.append(f"{unasked:,} questions have no options, and the labels are letters: a model can only guess them")
     found = kind.audit(splits)
     splits, rule, dropped = _divide(splits, kind, settings, fold)
     flow |= {(reason, "all"): count for reason, count in dropped.items()}
@@ -299,8 +313,7 @@ def measure(
         InputError: none of a split fits, or the labels cannot be told apart.
     """
     kind, splits = divided.kind, divided.splits
-    for row in itertools.chain.from_iterable(splits.values()):
-        row.messages = in_tags_of(tokenizer, row.messages, divided.changes)
+    kind.write_tags_of(tokenizer, splits, divided.changes)
     before = {name: len(rows) for name, rows in splits.items()}
     fitting, lengths, length_table = token_lengths(tokenizer, kind, splits)
     return fitting, lengths, length_table, _left(kind.task, before, fitting)
@@ -399,12 +412,8 @@ def put_tokenizer(
 
     The offline base's tokenizer is made of the training rows; answer words and prompts should cost it few tokens.
     """
-    from lib.models import loading
-
     facts = {"base_model": base.id if base else OFFLINE_BASE, "offline_base": base is None}
     if base is None:
-        from lib.models.offline_base import ensure_tokenizer
-
         words = [*task.label_names, task.system_prompt, *task.user_prompt.split("{text}")]
         texts = [text for row in rows for text in texts_of(row.content)]
         made = ensure_tokenizer(texts, [word for word in words if word.strip()])
@@ -419,9 +428,10 @@ def _record_sources(
     work: ProductDraft, table: Table, base: Mapping[str, Any], base_notes: Sequence[str], splits: Splits
 ) -> None:
     """What the manifest and every page say of where the rows and the base model came from."""
-    from_sample = table.asked == SAMPLE_DATASET
-    stamp = STAMPS.get((base["offline_base"], from_sample))
-    work.notes += [*([stamp] if stamp else []), *base_notes, *table.notes]
+    from_sample = table.asked in SAMPLES
+    stamp = STAMPS.get((base["offline_base"], from_sample), "")
+    corpus = "ChnSentiCorp" if table.asked == "sample" else "real text"
+    work.notes += [*([stamp.format(corpus=corpus)] if stamp else []), *base_notes, *table.notes]
     work.facts |= {
         "source": table.source,
         "sample_data": from_sample,

@@ -38,13 +38,20 @@ MASKS, REASONING = NAMES["masks"], NAMES["reasoning"]
 reasoning apart."""
 SYSTEMS = NAMES["system_columns"]
 _FORMS = [[re.compile(part, re.IGNORECASE) for part in form] for form in NAMES["thinking_tags"]]
-"""How other models write reasoning at the beginning of an answer: opening, closing, and what ends the answer."""
+"""How other models write reasoning at the beginning of an answer: opening, closing, and marks around the rest."""
+_ESCAPED = [re.compile(rf"&lt;{slash}think(ing)?&gt;", re.IGNORECASE) for slash in ("", "/")]
 _SAID = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False, "yes": True, "no": False}
 _SWITCH = (*_SAID, "on", "off", "none", "")
 """What `thinking` holds where it says whether there is reasoning, not what it is."""
 ALPACA = ("instruction", "input", "output", "history", *REASONING)
 CALLS = ("tool_calls", "function_call")
-_OF_A_TURN = frozenset(("role", "content", "from", "value", *LEARN, *IGNORE, *REASONING, *CALLS))
+_OF_A_TURN = frozenset(("role", "content", "from", "value", "channel", *LEARN, *IGNORE, *REASONING, *CALLS))
+
+
+def snake(name: str) -> str:
+    """A key as it is compared: reasoningContent and Reasoning_Content are reasoning_content."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip()).lower()
+
 
 _SPEAKER = re.compile(r"\s*([^：:\s]{1,12})[：:]")
 
@@ -55,7 +62,7 @@ def find_form(columns: Sequence[str], where: str) -> tuple[str, dict[str, str]]:
     Raises:
         InputError: none of the forms.
     """
-    names = {name.strip().lower(): name for name in columns} | {name: name for name in columns if name.islower()}
+    names = {snake(name): name for name in columns} | {name: name for name in columns if name.islower()}
     for form, needed in FORMS.items():
         if names.keys() >= set(needed):
             return form, names
@@ -110,19 +117,24 @@ def _by_answer(raw: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
 
 
 def _mask(turns: Sequence[Turn], answers: Sequence[Turn], raw: Mapping[str, Any]) -> None:
-    """Take a list beside the turns that says which of them are learned, and `mask_history`: the last answer alone."""
-    for name in MASKS:
-        if raw.get(name) in (None, "", []):
+    """Take lists beside the turns that say which of them are learned, and `mask_history`: the last answer alone."""
+    for name in (name for name in raw if name in MASKS or says_of_turns(name, raw[name])):
+        if raw[name] in (None, "", []):
             continue
         values = _list(raw[name], f"{name} that is no list")
         masked = {len(turns): turns, len(answers): answers}.get(len(values))
         if masked is None:
             raise DamagedError(f"{name} with another number of values than turns")
         for turn, value in zip(masked, values, strict=True):
-            turn.learn = turn.learn and _learned(value, name)
+            turn.learn = turn.learn and _learned(value, name) != (name in IGNORE)
     if raw.get("mask_history") is not None and _learned(raw["mask_history"], "mask_history"):
         for turn in answers[:-1]:
             turn.learn = False
+
+
+def says_of_turns(name: str, value: Any) -> bool:
+    """Whether a column that may mark its row holds a list instead, one value for every turn or answer."""
+    return name in LEARN | IGNORE and (isinstance(value, list | tuple) or str(value).lstrip().startswith("["))
 
 
 def _learned(value: Any, key: str) -> bool:
@@ -146,10 +158,25 @@ def _unlearned(value: Any, name: str) -> bool:
 
 def _in_think_tags(text: str) -> str:
     """An answer whose reasoning stands in the tags of another model, with ours."""
-    for opening, closing, *ends in _FORMS:
+    for opening, closing, *marks in _FORMS:
         if opened := opening.match(text.lstrip()):
             text = "<think>" + closing.sub("</think>", text.lstrip()[opened.end() :], count=1)
-            text = ends[0].sub("", text) if ends else text
+            for mark in marks:
+                text = re.sub(rf"({mark.pattern})\s*\Z", "", text, flags=re.IGNORECASE)
+    return text
+
+
+def asked_in_think_tags(text: str, answers: Sequence[str] = ()) -> str:
+    """A turn that asks for reasoning in the tags of another model, with ours, as answers have them.
+
+    Args:
+        answers: whose own use of such tags says that they hold something else.
+    """
+    for opening, closing, *marks in (*_FORMS, _ESCAPED):
+        if opening.search(text) and not any(opening.search(answer) for answer in answers):
+            text = closing.sub("</think>", opening.sub("<think>", text))
+            for mark in marks:
+                text = mark.sub("", text)
     return text
 
 
@@ -177,7 +204,8 @@ def _reasoning(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "\n".join(filter(None, map(_reasoning, value)))
     if isinstance(value, Mapping):
-        keys = ("thinking", "text", "content", "summary", "reasoning", "reasoning_content")
+        value = {snake(str(key)): part for key, part in value.items()}
+        keys = ("thinking", "text", "content", "summary", *REASONING)
         if value and (value := next((value[key] for key in keys if value.get(key)), None)) is None:
             raise DamagedError("reasoning of a kind that is not known")
         return _reasoning(value) if value else ""
@@ -198,7 +226,7 @@ def _list(cell: Any, damage: str) -> list[Any]:
     if isinstance(cell, str) and cell.strip():
         try:
             cell = json.loads(cell)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also a number of more digits than Python reads
             raise DamagedError(damage) from None
     if cell is None or cell == "":
         return []
@@ -211,7 +239,7 @@ def _message(message: Any, form: str, unused: Counter[str]) -> Turn:
     """A turn {role, content} or {from, value}, with its reasoning and with whether it is to be learned."""
     if not isinstance(message, Mapping):
         raise DamagedError(f"{form} that are no list of turns with a role")
-    message = {str(key).strip().lower(): value for key, value in message.items()} | dict(message)
+    message = {snake(str(key)): value for key, value in message.items()} | dict(message)
     role, text = (
         message.get(other) if message.get(name) is None else message[name]
         for name, other in (("role", "from"), ("content", "value"))
@@ -221,14 +249,19 @@ def _message(message: Any, form: str, unused: Counter[str]) -> Turn:
         raise DamagedError("a turn that calls a tool")
     learn = all(_learned(said[key], key) for key in said.keys() & LEARN)
     learn = learn and not any(_learned(said[key], key) for key in said.keys() & IGNORE)
-    unused.update(key for key in said.keys() - _OF_A_TURN if key.strip().lower() not in said.keys() - {key})
-    if isinstance(text, list):  # Anthropic and Mistral keep reasoning among the parts of the content
-        thought = [part for part in text if isinstance(part, Mapping) and part.get("type") in REASONING]
+    unused.update(key for key in said.keys() - _OF_A_TURN if snake(key) not in said.keys() - {key})
+    if isinstance(text, list):  # Anthropic, Mistral and Gemini keep reasoning among the parts of the content
+        parts = [part for part in text if isinstance(part, Mapping)]
+        thought = [part for part in parts if part.get("type") in REASONING or part.get("thought") is True]
         text = [part for part in text if part not in thought]
         message |= {"thinking": thought} if thought else {}
     turn = Turn(str(role), text_of(text), learn)
-    said = _in_think_tags(turn.text) if turn.role == ASSISTANT else turn.text
-    turn.text = _with_reasoning(said, message, unused)
+    if turn.role != ASSISTANT:  # nobody else's thoughts are learned, nor what they say
+        unused.update(key for key in said.keys() & {*LEARN, *REASONING} if key in REASONING or _learned(said[key], key))
+        return turn
+    if said.get("channel") == "analysis":  # of gpt-oss: a turn of its own in front of the answer
+        turn.text, message = "", {"reasoning": turn.text}
+    turn.text = _with_reasoning(_in_think_tags(turn.text), message, unused)
     return turn
 
 

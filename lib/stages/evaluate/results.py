@@ -10,21 +10,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from lib.errors import refusal
 from lib.prompts.tasks import Task, read_task
 from lib.runs.files import read_json, read_jsonl, sha256_json
+from lib.runs.run import Product
+from lib.scoring import answer_metrics
 from lib.scoring.log_probabilities import AnswerScores, Scores, exponentials
-from lib.scoring.text_metrics import read_prompts, read_terms
+from lib.scoring.word_lists import prompt_set, read_prompts, read_terms
+from lib.settings import Settings
 from lib.statistics import classification, paired
 from lib.statistics.losses import cluster_test, limits, weighted_mean
-
-if TYPE_CHECKING:
-    from lib.runs.run import Product
-    from lib.settings import Settings
 
 Row = Mapping[str, Any]
 
@@ -32,10 +31,16 @@ BASE, FINETUNED, FLOOR = "base", "finetuned", "linear floor"
 SHOWN = {BASE: "base", FINETUNED: "fine-tuned"}
 """How a model is called on pages."""
 
-SUMMARY, GENERATED, PROMPTS_FILE = "evaluation.json", "generated.jsonl", "counselling_prompts.json"
+SUMMARY, GENERATED, PROMPTS_FILE = "evaluation.json", "generated.jsonl", "prompts.json"
 
 ALL, LEAK_FREE, SEEN, UNSEEN = "all", "leak_free", "seen_pattern", "unseen_pattern"
 MISTAKES_SHOWN = 10
+
+
+def told_apart(rows: Mapping[str, int | None]) -> list[str]:
+    """Of the parts of the test rows, by their numbers of rows, those to tell: leak-free rows are no part of their own
+    where no row leaked."""
+    return [part for part, n in rows.items() if part != LEAK_FREE or n != rows.get(ALL)]
 
 
 def subsets(rows: Sequence[Row], train_patterns: set[str] | None = None) -> dict[str, np.ndarray]:
@@ -67,7 +72,7 @@ class EvaluationResult:
     Attributes:
         product: the product `evaluation`; None only while it is being made.
         task: what was asked.
-        scores: per row, of "base" and "finetuned".
+        scores: per row, of "base" and "finetuned"; of "base" alone where nothing was trained.
         titles: what each model is, in words.
     """
 
@@ -75,6 +80,21 @@ class EvaluationResult:
     task: Task
     scores: dict[str, Any]
     titles: dict[str, str]
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is a fine-tuned model beside the base."""
+        return FINETUNED in self.scores
+
+    @property
+    def judged(self) -> str:
+        """The model that the page is about: the fine-tuned one, or the base where nothing was trained."""
+        return FINETUNED if self.trained else BASE
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """The models, and how pages call them."""
+        return {name: SHOWN[name] for name in self.scores}
 
     writes: ClassVar[bool]
     """Whether the models also write answers."""
@@ -165,9 +185,9 @@ class LabelEvaluation(EvaluationResult):
     """How often the models are right.
 
     Attributes:
-        models: "base" (zero-shot) and "finetuned".
+        models: "base" (zero-shot) and "finetuned", as `scores`.
         floor: the linear floor's reports, by subset of the rows.
-        comparisons: subset -> reference ("base", "linear floor") -> the fine-tuned model against it.
+        comparisons: subset -> reference ("base", "linear floor") -> the judged model against it.
         majority_share: share of the commonest label among the test rows: what answering one word always would reach.
         scoring: what was done otherwise than usual while scoring, and of answer words of several tokens, by model;
             empty texts where there is nothing.
@@ -192,15 +212,16 @@ class LabelEvaluation(EvaluationResult):
         task, rows = read_task(data), read_jsonl(data / "test.jsonl")
         patterns = {row["pattern"] for row in read_jsonl(data / "train.jsonl") if "pattern" in row}
         masks, names = subsets(rows, patterns), task.label_names
-        scores = {name: Scores.load(folder / f"scores-{name}.jsonl") for name in SHOWN}
+        scores = {name: Scores.load(folder / f"scores-{name}.jsonl") for name in told["titles"]}
         models = {name: evaluate_scores(own, rows, names, masks) for name, own in scores.items()}
         labels = scores[BASE].labels
         floor = np.array(read_json(data / "floor.json")["test"]["predictions"], dtype=np.int64)
-        right = {BASE: scores[BASE].correct, FLOOR: floor == labels}
+        *references, judged = scores
+        right = {**{name: scores[name].correct for name in references}, FLOOR: floor == labels}
         groups = np.array([row["group"] for row in rows])
         comparisons = {
             subset: paired.compare_pairs(
-                {name: (correct[mask], scores[FINETUNED].correct[mask]) for name, correct in right.items()},
+                {name: (correct[mask], scores[judged].correct[mask]) for name, correct in right.items()},
                 groups[mask],
                 settings.seed,
             )
@@ -289,7 +310,7 @@ class AnswerEvaluation(EvaluationResult):
         content: evaluation.json: "titles", "parts" (see `summary`), "decoding", "answers" (entries of `summarise`;
             empty where none were written), "chrf" (signature), "terms" (name and number of the list, or None).
         generated: {"id", "question", "reference", "base", "fine-tuned", "measured", …} of some test rows.
-        prompts: counselling_prompts.json: what both models answer to a few prompts, greedily and drawn, with latency.
+        prompts: prompts.json: what both models answer to a few prompts, greedily and drawn, with latency.
     """
 
     content: dict[str, Any]
@@ -298,7 +319,7 @@ class AnswerEvaluation(EvaluationResult):
 
     writes = True
     alone = ""
-    columns = ("answer_tokens", "perplexity", "perplexity_interval", "bits_per_character")
+    columns = ("answer_tokens", "perplexity", "perplexity_interval", "bits_per_character", "turns_cut")
 
     @classmethod
     def parameters(cls, settings: Settings) -> dict[str, Any]:
@@ -307,14 +328,15 @@ class AnswerEvaluation(EvaluationResult):
         return {
             **settings.pick("per_device_eval_batch_size", "seed", "dtype"),
             **settings.pick("generated_rows", "max_new_tokens", "terms", "prompts_file"),
+            **answer_metrics.parameter(settings),
             "terms_sha256": terms and terms.sha256,
-            "prompts_sha256": sha256_json(read_prompts(settings.prompts_file)),
+            "prompts_sha256": sha256_json(read_prompts(prompt_set(settings))),
         }
 
     @classmethod
     def read(cls, product: Product | None, folder: Path, data: Path, settings: Settings, told: dict[str, Any]) -> Self:
         task, rows = read_task(data), read_jsonl(data / "test.jsonl")
-        scores = {name: AnswerScores.load(folder / f"scores-{name}.jsonl") for name in SHOWN}
+        scores = {name: AnswerScores.load(folder / f"scores-{name}.jsonl") for name in told["titles"]}
         return cls(
             product=product,
             task=task,
@@ -336,7 +358,7 @@ class AnswerEvaluation(EvaluationResult):
     def headline(self) -> dict[str, Any]:
         """Losses and perplexities of all rows."""
         whole = self.content["parts"][ALL]
-        figures = {f"{key}_{name}": whole[name][key] for name in SHOWN for key in ("loss", "perplexity")}
+        figures = {f"{key}_{name}": whole[name][key] for name in self.scores for key in ("loss", "perplexity")}
         return {"n": whole["n"], "tokens": whole["tokens"], **figures}
 
     @classmethod
@@ -367,7 +389,7 @@ class AnswerEvaluation(EvaluationResult):
 
 
 def summary(scores: Mapping[str, AnswerScores], rows: Sequence[Row]) -> dict[str, Any]:
-    """Losses, perplexities and their paired difference on all rows and on the leak-free rows.
+    """Losses, perplexities and, of two models, their paired difference on all rows and on the leak-free rows.
 
     Intervals are Student's over groups, None where the groups show no spread; "p" is the test that belongs to them,
     "mde" the smallest difference that these rows could have shown with 80 % power, nats a token (None: any).
@@ -375,15 +397,19 @@ def summary(scores: Mapping[str, AnswerScores], rows: Sequence[Row]) -> dict[str
     groups = np.array([row["group"] for row in rows])
     parts = {}
     for part, mask in subsets(rows).items():
-        base, tuned = (scores[name].subset(mask) for name in (BASE, FINETUNED))
-        losses = tuned.row_losses - base.row_losses
-        change = weighted_mean(losses, base.tokens, groups[mask])
+        own = {name: found.subset(mask) for name, found in scores.items()}
+        base = own[BASE]
         parts[part] = {
             "n": int(mask.sum()),
             "groups": len(np.unique(groups[mask])),
             "tokens": int(base.tokens.sum()),
-            BASE: base.figures(groups[mask]),
-            FINETUNED: tuned.figures(groups[mask]),
+            **{name: found.figures(groups[mask]) for name, found in own.items()},
+        }
+        if FINETUNED not in own:
+            continue
+        losses = own[FINETUNED].row_losses - base.row_losses
+        change = weighted_mean(losses, base.tokens, groups[mask])
+        parts[part] |= {
             "difference": change.estimate,
             "difference_interval": limits(change),
             "p": cluster_test(losses, base.tokens, groups[mask]),

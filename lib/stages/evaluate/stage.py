@@ -13,9 +13,9 @@ from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from lib.runs.machine import compute_dtype, device_name
 from lib.scoring.backend import Keep, found_done
-from lib.scoring.generation import Asked, Questions, Sampling, end_ids, torch_feed, write_all
+from lib.scoring.generation import Asked, Questions, Sampling, end_ids, torch_feed, with_likeness, write_all
 from lib.scoring.log_probabilities import score_rows
-from lib.scoring.text_metrics import read_prompts
+from lib.scoring.word_lists import prompt_set, read_prompts
 from lib.stages.evaluate import results
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from lib.settings import Settings
 
 
-# The two models that notebook 03 judges: the base, and the base with the run's adapter.
+# The models that notebook 03 judges: the base, and the base with the run's adapter, where it has one.
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the two models.
+    """One of these models.
 
     Attributes:
         name: `BASE` or `FINETUNED`.
@@ -74,17 +74,19 @@ class Candidate:
         return TransformersBackend(model, batch_size, self.words)
 
 
-def candidates(run: Run, dtype: str) -> tuple[Candidate, Candidate]:
-    """The base and the fine-tuned model of a run."""
+def candidates(run: Run, dtype: str) -> list[Candidate]:
+    """The base and the fine-tuned model of a run; the base alone where nothing was trained."""
     base = base_of(run)
-    return Candidate(results.BASE, base, None, dtype), Candidate(results.FINETUNED, base, run.require("adapter"), dtype)
+    adapters = {results.BASE: None} if run.untrained else {results.BASE: None, results.FINETUNED: run.adapter()}
+    return [Candidate(name, base, adapter, dtype) for name, adapter in adapters.items()]
 
 
 # The product.
 
 
 def evaluate(settings: Settings, run: Run) -> results.EvaluationResult:
-    """Score base and fine-tuned model on the test rows, or take the scores of last time.
+    """Score base and fine-tuned model (where nothing was trained, the base alone) on the test rows, or take the scores
+    of last time.
 
     Raises:
         InputError: data or adapter missing; a model that cannot be loaded; log-probabilities that are not numbers.
@@ -112,7 +114,7 @@ def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
     encoded = [task.encode(tokenizer, row) for row in rows]
     questions = None
     if kind.writes:
-        sources = read_prompts(settings.prompts_file) if settings.generated_rows > 0 else ()
+        sources = read_prompts(prompt_set(settings)) if settings.generated_rows > 0 else ()
         questions = Questions.of(settings, tokenizer, task, rows, sources)
     notes: dict[str, str] = {}
     found: dict[str, list[str]] = {}
@@ -131,7 +133,12 @@ def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
     if questions is None:
         known["scoring"] = notes
     else:
-        conditions = {"system_prompt": task.system_prompt, "device": work.device, "dtype": dtype}
+        conditions = {
+            "set": Path(prompt_set(settings)).name,
+            "system_prompt": task.system_prompt,
+            "device": work.device,
+            "dtype": dtype,
+        }
         known |= _save_written(work.folder, questions, wrote, conditions)
         known["turns_cut"] = sum(one.turns_cut for one in encoded)
     result = kind.read(None, work.folder, data.path, settings, known)
@@ -208,12 +215,14 @@ def generated_rows(questions: Questions, answers: Mapping[str, Sequence[dict[str
 def prompts_json(
     questions: Questions, replies: Mapping[str, Sequence[dict[str, Any]]], conditions: dict[str, Any]
 ) -> dict[str, Any]:
-    """The content of counselling_prompts.json.
+    """The content of prompts.json.
 
     Returns:
         `conditions`, "decoding" (of "greedy" and "sampled"), "latency" (what the seconds are), "prompts": {"prompt",
-        "reference", "answers": {model: {"greedy", "sampled"}}}, each answer as `Questions.told` gives it.
+        "reference", "answers": {model: {"greedy", "sampled"}}}, each answer as `Questions.told` gives it, a
+        greedy one also `with_likeness` to the base's.
     """
+    greedy = with_likeness({name: [reply[GREEDY] for reply in own] for name, own in replies.items()})
     most = {"max_new_tokens": questions.most}
     return {
         **conditions,
@@ -221,7 +230,7 @@ def prompts_json(
         "latency": "first_token_seconds: reading the prompt, to the first token; tokens_per_second: the later tokens; "
         "one prompt at a time, the first one read once before to warm up",
         "prompts": [
-            {**source, "answers": {name: own[place] for name, own in replies.items()}}
+            {**source, "answers": {name: {**own[place], GREEDY: greedy[name][place]} for name, own in replies.items()}}
             for place, source in enumerate(questions.sources)
         ],
     }

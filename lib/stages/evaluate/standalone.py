@@ -13,22 +13,30 @@ from typing import Any
 from lib.errors import InputError, refusal
 from lib.hub.sources import SourceError
 from lib.models import base_model
-from lib.models.adapters import require_adapter
-from lib.models.configurations import read_adapter_configuration
-from lib.models.gguf_file import check_gguf, read_tensors
+from lib.models.adapters import base_named, require_adapter
+from lib.models.gguf_file import read_tensors
 from lib.models.gguf_tokenizer import same_vocabulary, tokenizer_from_gguf
 from lib.models.loading import load_as_saved, load_model, load_tokenizer, quantization_method
 from lib.models.tokenizer_files import chat_templates, differences, reader
 from lib.progress import say
-from lib.prompts.tasks import ConversationTask, Task, task_from_json
+from lib.prompts.tasks import ConversationTask, Task, in_model_tags, task_from_json
 from lib.prompts.templates import ASSISTANT
 from lib.runs.child import peak_memory_mib, run_child
 from lib.runs.files import sha256_json, user_path
 from lib.runs.machine import compute_dtype
 from lib.scoring.backend import Keep, journal_path, kept_peak_memory_mib, model_hash
-from lib.scoring.generation import Questions, Sampling, ask_prompt, end_ids, llama_feed, torch_feed, write_all
+from lib.scoring.generation import (
+    Questions,
+    Sampling,
+    ask_prompt,
+    end_ids,
+    llama_feed,
+    torch_feed,
+    with_likeness,
+    write_all,
+)
 from lib.scoring.log_probabilities import score_rows
-from lib.scoring.text_metrics import chrf
+from lib.scoring.measure import most_positions
 from lib.stages.evaluate.results import result_of
 
 # Models looked at before any of them is loaded: whether they can be had, and whether their files are whole.
@@ -65,32 +73,35 @@ class FoundModel:
         adapter: folder of the adapter; None of a whole model.
         tokenizer, template: folders of the tokenizer and of the chat template; None of a .gguf file, which holds its
             own.
+        fetched: whether it, or its base, was named by a hub id.
     """
 
     path: Path
     adapter: Path | None = None
     tokenizer: Path | None = None
     template: Path | None = None
+    fetched: bool = False
 
 
-def find_model(model: str, options: ModelOptions) -> FoundModel:
+def find_model(model: str, options: ModelOptions, system_turn: bool = True) -> FoundModel:
     """Look at a model as far as that takes no loading; what the hub has is fetched.
+
+    Args:
+        system_turn: whether its prompts will have one.
 
     Raises:
         InputError: it is missing, damaged or cut off, or an adapter whose base is, that was trained on another one, or
-            whose base neither the option nor adapter_config.json names.
+            whose base neither the option nor adapter_config.json names; or its chat template does not fit.
     """
     folder = user_path(model)
     if model.lower().endswith(".gguf") or folder.is_file():
-        _check_whole(check_gguf(folder))
-        base_model.refuse_bad_template(folder)
+        _check_whole(folder)
+        base_model.refuse_bad_template(folder, system_turn)
         return FoundModel(folder)
     if (folder / "adapter_config.json").is_file():
         adapter = folder
         require_adapter(adapter)
-        base = options.base_model or read_adapter_configuration(folder).get("base_model_name_or_path")
-        if not base:
-            raise refusal("evaluate/no-base", folder=folder)
+        base = base_named(folder, options.base_model)
         path = _base_folder(base, options.revision, base_model.unpacking_of(adapter))
         base_model.refuse_other_folder(adapter, path)
         if named := base_model.named_otherwise(adapter, base, str(path)):
@@ -98,11 +109,11 @@ def find_model(model: str, options: ModelOptions) -> FoundModel:
         own = differences(adapter, path)  # as merging takes them
         tokenizer, template = adapter if own.keys() - {"template"} else path, adapter if "template" in own else path
     else:
-        adapter = None
+        adapter, base = None, model
         path = tokenizer = template = _base_folder(model, options.revision, {})
-    base_model.refuse_bad_template(template)
+    base_model.refuse_bad_template(template, system_turn)
     tokenizer_of(tokenizer, template)
-    return FoundModel(path, adapter, tokenizer, template)
+    return FoundModel(path, adapter, tokenizer, template, not user_path(base).exists())
 
 
 def tokenizer_of(folder: Path, template: Path) -> Any:
@@ -164,10 +175,10 @@ def evaluate_models(
 
     Returns:
         {"data": {…, "n", "labels" or "task"}, "models": [{"model", "n", "leak_free" (null without an audit),
-        "seconds_per_sample", "peak_memory_mib", "device", …}]}. With labels also "accuracy", "accuracy_interval",
-        "macro_f1", "per_class", "confusion", "ece", "near_ties", "truncated" and "note" (what was done otherwise than
-        usual, and answer words of several tokens); of conversations "answer_tokens", "loss" (nats a token),
-        "perplexity", "loss_interval", "perplexity_interval" (Student's over groups; null below three),
+        "seconds_per_sample", "seconds" (in all), "peak_memory_mib", "device", …}]}. With labels also "accuracy",
+        "accuracy_interval", "macro_f1", "per_class", "confusion", "ece", "near_ties", "truncated" and "note" (what was
+        done otherwise than usual, and answer words of several tokens); of conversations "answer_tokens", "loss" (nats a
+        token), "perplexity", "loss_interval", "perplexity_interval" (Student's over groups; null below three),
         "bits_per_character" (for models with other tokenizers) and "turns_cut".
 
     Raises:
@@ -196,10 +207,13 @@ def evaluate_models(
     return {"data": {**(data or {}), "n": len(rows), **result_of(task).asked(task)}, "models": results}
 
 
-def _refuse_without_effect(options: ModelOptions, models: Sequence[FoundModel]) -> None:
+def _refuse_without_effect(options: ModelOptions, models: Sequence[FoundModel], thinking: bool = False) -> None:
     """Refuse an option that none of the models heeds."""
     full = any(m.path.is_dir() and (m.adapter or not quantization_method(m.path)) for m in models)
+    switch = not thinking or any("enable_thinking" in base_model.template_of(m.template or m.path) for m in models)
     given = {
+        "--thinking": (not switch, "a chat template that knows both ways (enable_thinking)"),
+        "--revision": (options.revision != "main" and not any(m.fetched for m in models), "a hub id"),
         "--load-in-4bit": (options.load_in_4bit and not full, "a folder of full weights"),
         "--dtype": (options.dtype != "auto" and not full, "a folder of full weights"),
         "--base-model": (options.base_model is not None and not any(m.adapter for m in models), "an adapter"),
@@ -211,8 +225,9 @@ def _refuse_without_effect(options: ModelOptions, models: Sequence[FoundModel]) 
 
 def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """Load one model, score the rows, say what the scores mean; runs in the child process."""
-    task, rows = task_from_json(argument["task"]), argument["rows"]
+    task = task_from_json(argument["task"])
     backend, tokenizer = open_model(argument, task.max_seq_length)
+    rows = in_model_tags(tokenizer, argument["rows"])
     keep, what = keep_of(argument), f"scoring rows with {Path(argument['model']).name}"
     with backend:
         encoded = [task.encode(tokenizer, row) for row in rows]
@@ -226,7 +241,8 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     }
     own = result_of(task).of_model(scores, rows, task, facts)
     peak = max(peak_memory_mib(), kept_peak_memory_mib(keep.path) if keep else 0.0)
-    return {**own, "device": backend.device, "peak_memory_mib": peak, "found": scores.found}
+    cost = {"seconds": scores.seconds, "device": backend.device, "peak_memory_mib": peak}
+    return {**own, **cost, "found": scores.found}
 
 
 # Any models on any prompts, to be read side by side.
@@ -259,19 +275,20 @@ def ask_models(
     """
     shared = {"system_prompt": system_prompt, "thinking": thinking, "most": max_new_tokens}
     shared |= {"prompts": [dict(prompt) for prompt in prompts], "sampling": sampling and asdict(sampling)}
-    told, asked = [], [{**prompt, "answers": []} for prompt in prompts]
-    found_models = [find_model(str(model), options) for model in models]
-    _refuse_without_effect(options, found_models)
+    told: list[dict[str, Any]] = []
+    written: dict[int, list[dict[str, Any]]] = {}
+    found_models = [find_model(str(model), options, bool(system_prompt)) for model in models]
+    _refuse_without_effect(options, found_models, thinking)
     for model, files in zip(map(str, models), found_models, strict=True):
         argument = {**shared, **vars(options), **vars(files), "model": model}
         made = run_child("lib.stages.evaluate.standalone:answer_in_child", argument, f"asking {model}")
-        answers = made.pop("answers")
+        answers = written[len(told)] = made.pop("answers")
         rates = [answer["tokens_per_second"] for answer in answers if answer["tokens_per_second"] is not None]
         first = median(answer["first_token_seconds"] for answer in answers)
         speed = {"first_token_seconds": first, "tokens_per_second": median(rates) if rates else None}
         told.append({"model": model, **made, **speed})
-        for one, answer in zip(asked, answers, strict=True):
-            one["answers"].append(answer | _likeness(answer["text"], one["answers"]))
+    alike = with_likeness(written).values()
+    asked = [{**prompt, "answers": [own[place] for own in alike]} for place, prompt in enumerate(prompts)]
     decoding = {"max_new_tokens": max_new_tokens, **(asdict(sampling) if sampling else {"method": "greedy"})}
     return {
         "decoding": decoding,
@@ -282,30 +299,19 @@ def ask_models(
     }
 
 
-def _likeness(text: str, before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How alike a text is to the first model's."""
-    if not before:
-        return dict.fromkeys(("same_text", "same_start", "chrf"))
-    first = before[0]["text"]
-    if text == first:
-        return {"same_text": True, "same_start": 1.0, "chrf": 100.0}
-    differ = (place for place, (one, other) in enumerate(zip(text, first, strict=False)) if one != other)
-    start = next(differ, min(len(text), len(first))) / max(len(text), len(first))
-    return {"same_text": False, "same_start": start, "chrf": chrf(text, first)}
-
-
 def answer_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     """Load one model and let it answer every prompt; runs in the child process."""
     tokenizer, most = open_tokenizer(argument), argument["most"]
     task = ConversationTask("instruction", argument["system_prompt"], max_seq_length=0, thinking=argument["thinking"])
-    asked = [ask_prompt(tokenizer, task, prompt) for prompt in argument["prompts"]]
+    told = bool(task.system_prompt)  # without one as programs ask: what the template adds by itself is the model's
+    asked = [ask_prompt(tokenizer, task, prompt, told) for prompt in argument["prompts"]]
     longest = max(len(one.ids) for one in asked)
+    path, model = Path(argument["path"]), argument["model"]
+    if (limit := most_positions(path)) and longest + most > limit:  # before any room for them is asked for
+        raise refusal("evaluate/beyond-context", model=model, longest=longest, most=most, limit=limit)
     backend, _ = open_model(argument, longest + most)
     with backend:
-        if backend.most_positions and longest + most > backend.most_positions:
-            limit, model = backend.most_positions, argument["model"]
-            raise refusal("evaluate/beyond-context", model=model, longest=longest, most=most, limit=limit)
-        whole = Path(argument["path"]).is_file()
+        whole = path.is_file()
         start = functools.partial(*((llama_feed, backend) if whole else (torch_feed, backend.model)))
         start()(asked[0].ids)  # the first prompt finds a warm model, too
         sampling = Sampling(**argument["sampling"]) if argument["sampling"] else None

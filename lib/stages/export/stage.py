@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,12 @@ from lib.prompts.tasks import Row, Task, read_task, spread
 from lib.runs import files
 from lib.runs.child import peak_memory_mib, run_child
 from lib.runs.machine import bitsandbytes_problem, has_module, no_warnings, quiet
-from lib.runs.manifest import hash_folder
+from lib.runs.manifest import hash_folder, version_of
+from lib.runs.packages import pin
+from lib.runs.render import render
 from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import Settings
+from lib.stages.export.sizes import GROUPS, group_size
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,8 @@ class Format:
         return f"{' and '.join(missing)} not installed" + (f" (extra {extra})" if extra else "")
 
     def version(self) -> str | None:
-        """Installed version of `made_by`; None where it is absent or none is needed."""
-        if self.made_by is None:
-            return None
-        try:
-            return metadata.version(self.made_by)
-        except metadata.PackageNotFoundError:
-            return None
+        """Installed version of `made_by`; None where none is needed."""
+        return version_of(self.made_by) if self.made_by else None
 
     def maker(self) -> str:
         """The package that makes it, with its version."""
@@ -129,16 +126,20 @@ def _build(settings: Settings, run: Run, work: ProductDraft, formats: list[Forma
     task = read_task(data.path)
     argument = {"source": merged.path, **(_token_ids(data.path, task) if missing else {})}
     entries, facts = run.manifest.entries(), merged.entry.facts
-    base = f"`{facts['base_model']}` (revision `{facts['base_revision']}`)"
     card = {
-        "lineage": f"A LoRA adapter merged into {base}, then exported.",
+        "made_of": {
+            "kind": "base" if run.untrained else "trained",
+            "base": facts["base_model"],
+            "revision": facts["base_revision"],
+        },
         "notes": [note for name in ("data", "adapter", "merged") if name in entries for note in entries[name].notes],
         "asked": question_of(task, files.read_jsonl(data.path / "validation.jsonl")[0]),
+        "calibrated_on": "training rows",
     }
     content: dict[str, list[dict[str, Any]]] = {"made": [], "skipped": []}
     files.write_json(work.folder / SUMMARY, content)
     for place, wanted in enumerate(formats, 1):
-        record = kept.get(wanted.name) or _made(
+        record = kept.get(wanted.name) or make_format(
             wanted, work.folder / wanted.name, argument, card, f"({place} of {len(formats)})"
         )
         content["skipped" if "reason" in record else "made"].append(record)
@@ -153,8 +154,17 @@ def _build(settings: Settings, run: Run, work: ProductDraft, formats: list[Forma
     work.notes += [f"export format {skip['format']} skipped: {skip['reason']}" for skip in content["skipped"]]
 
 
-def _made(wanted: Format, folder: Path, argument: dict[str, Any], card: dict[str, Any], place: str) -> dict[str, Any]:
-    """The record of a format, with its "files"; {"format", "reason"} where it was skipped and nothing is left of it."""
+def make_format(
+    wanted: Format, folder: Path, argument: dict[str, Any], card: dict[str, Any], place: str
+) -> dict[str, Any]:
+    """Make the folder of a format, in a process of its own.
+
+    Args:
+        argument: "source", "calibration" and "prompts" of `make`. card: of `write_card`. place: "(1 of 3)".
+
+    Returns:
+        its record, with its "files"; {"format", "reason"} where it was skipped and nothing is left of it.
+    """
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted try
     request, what = {**argument, "format": wanted.name, "output": folder}, f"exporting {wanted.name} {place}"
     try:
@@ -213,16 +223,17 @@ def write_card(folder: Path, made: Format, record: dict[str, Any], **card: Any) 
 
     Args:
         record: the format's entry of exports.json.
-        card: "lineage" (what was merged, in words), "notes" (sentences that every page of the run must say), "asked"
-            (what the code of the card asks the model, see `question_of`).
+        card: "made_of" (what was merged: its "kind" and names), "notes" (sentences that every page of the run must
+            say), "asked" (what the code of the card asks the model, see `question_of`), "calibrated_on" (rows or
+            windows of GPTQ).
     """
     packages = ["torch", "transformers", *made.needs]
-    text = files.render(
+    text = render(
         Path(__file__).with_name("README.md.j2"),
         made=made,
         record=record,
         **card,
-        versions=" ".join(f"{name}=={metadata.version(name).partition('+')[0]}" for name in packages),
+        versions=" ".join(map(pin, packages)),
     )
     files.write_text(folder / "README.md", text)
 
@@ -258,7 +269,7 @@ def make(argument: dict[str, Any]) -> dict[str, Any]:
     """
     name, source, output = argument["format"], Path(argument["source"]), Path(argument["output"])
     quiet()
-    with Progress("steps", 3) as progress:
+    with Progress(f"making and checking {name}, steps", 3) as progress:
         started = time.perf_counter()
         output.mkdir(parents=True)
         with no_warnings():
@@ -349,21 +360,17 @@ def _log_probs(folder: Path, prompts: list[list[int]]) -> Any:
 # GPTQ by llm-compressor: INT4 weights in groups, each column's error pushed into the columns not yet rounded.
 
 BITS = 4
-GROUPS = (128, 64, 32, 16)
-"""Weights that share a scale, the most that fit: 128 in llm-compressor's scheme W4A16."""
-
 _HEAD = "lm_head"
 
 
-def group_size(widths: set[int]) -> int:
-    """The largest of `GROUPS` that divides the rows of every layer.
+def group_of(widths: set[int]) -> int:
+    """The largest group that divides the rows of every layer.
 
     Raises:
         InputError: some row is no multiple of 16: smaller groups would spend more on scales than they save.
     """
-    for size in GROUPS:
-        if all(width % size == 0 for width in widths):
-            return size
+    if size := group_size(widths):
+        return size
     odd = min(width for width in widths if width % GROUPS[-1])
     raise refusal("export/odd-layers", odd=odd, least=GROUPS[-1])
 
@@ -391,7 +398,7 @@ def quantize_gptq(source: Path, output: Path, calibration: list[list[int]]) -> d
 
     model = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.bfloat16, local_files_only=True)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != _HEAD}
-    size = group_size({layer.in_features for layer in layers.values()})
+    size = group_of({layer.in_features for layer in layers.values()})
     weights = QuantizationArgs(num_bits=BITS, type="int", symmetric=True, strategy="group", group_size=size)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     oneshot(

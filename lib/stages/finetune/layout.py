@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -56,12 +57,20 @@ def head_loss(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.T
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Cross-entropy behind a frozen linear layer; the gradient is computed with the value, chunk by chunk."""
+    """Cross-entropy behind a frozen linear layer; the gradient is computed with the value, chunk by chunk.
+
+    In float16 the probabilities are enlarged for the product, and the gradient waits in float32 for the loss scale: as
+    they are, most would be below the smallest number of the format.
+    """
 
     @staticmethod
     def forward(context: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         loss = torch.zeros((), device=hidden.device)
-        gradient = torch.empty_like(hidden) if context.needs_input_grad[0] else None
+        half = hidden.dtype == torch.float16
+        enlarged = ENLARGED if half else 1.0
+        kind = torch.float32 if half else hidden.dtype
+        gradient = torch.empty_like(hidden, dtype=kind) if context.needs_input_grad[0] else None
+        context.kind = hidden.dtype
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), HEAD_ROWS):
                 part = slice(start, start + HEAD_ROWS)
@@ -71,26 +80,29 @@ class _FrozenHead(torch.autograd.Function):
                 if gradient is not None:
                     logits = logits.softmax(1)
                     logits.scatter_add_(1, true, torch.full_like(true, -1, dtype=logits.dtype))
-                    gradient[part] = (logits.to(weight.dtype) @ weight).to(hidden.dtype)
+                    product = ((logits * enlarged).to(weight.dtype) @ weight).to(kind)
+                    gradient[part] = product / enlarged
         context.save_for_backward(gradient)
         return loss
 
     @staticmethod
     def backward(context: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = context.saved_tensors
-        return gradient * upstream.to(gradient.dtype), None, None
+        return (gradient * upstream.to(gradient.dtype)).to(context.kind), None, None
 
 
 def autocast(model: Any) -> contextlib.AbstractContextManager:
-    """bfloat16 products where the base is bfloat16 (the adapter's float32 weights are rounded for the product)."""
-    low = model.get_input_embeddings().weight.dtype == torch.bfloat16
-    return torch.autocast(model.device.type, torch.bfloat16) if low else contextlib.nullcontext()
+    """Products in 16 bits where the base has them (the adapter's float32 weights are rounded for the product)."""
+    dtype = model.get_input_embeddings().weight.dtype
+    low = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(model.device.type, dtype) if low else contextlib.nullcontext()
 
 
 # How the rows of a micro-batch are laid out for this model: packed behind their shared prefix, or padded.
 
-ENLARGED = 1024.0
-"""Factor on the hidden states for which the logits are compared; a power of two is exact in every number format."""
+ENLARGED, ENLARGED_HALF = 1024.0, 16.0
+"""Factor on the hidden states for which the logits are compared, and the one in float16, which ends at 65,504; a power
+of two is exact in every number format."""
 
 SAME = 1e-4
 """Relative difference of the logits from which on they count as others; they come from one product of one shape."""
@@ -131,6 +143,17 @@ def choose_layout(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[Col
             text = f"packed: the {packed.prefix} tokens that all rows begin with are computed once a micro-batch"
             return packed, text
     return padded, f"padded to the longest of like length ({problem})"
+
+
+def refuse_overflow(model: Any, batch: dict[str, torch.Tensor]) -> None:
+    """Raise where the loss of a batch is no number: in float16, then, the model itself overflows.
+
+    Raises:
+        InputError: it does.
+    """
+    with _evaluating(model):
+        if not math.isfinite(_mean_loss(model, batch)):
+            raise refusal("finetune/float16-overflows")
 
 
 def _try_packing(model: Any, padded: Collator, packed: PackedCollator, sample: list[Encoded]) -> str | None:
@@ -189,9 +212,10 @@ def _require_plain_logits(model: Any, batch: dict[str, torch.Tensor]) -> None:
     Those are enlarged, so that a cap on the logits shows whatever their size is.
     """
     inner, seen = causal_model(model), []
+    half = inner.get_input_embeddings().weight.dtype == torch.float16
 
     def enlarge(module: Any, arguments: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state * ENLARGED
+        output.last_hidden_state = output.last_hidden_state * (ENLARGED_HALF if half else ENLARGED)
         seen.append(output.last_hidden_state)
         return output
 

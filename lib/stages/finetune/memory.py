@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-from lib.errors import InputError, refusal, refusing
-from lib.models.base_model import how_to_get, refuse_without_template
-from lib.models.configurations import read_configuration, refuse_other_task
+from lib.errors import refusal, refusing
+from lib.models.base_model import configuration_of, refuse_without_template
+from lib.models.configurations import refuse_other_task
 from lib.models.unpack_source import read_source, transformers_config
 from lib.runs import machine
 from lib.runs.files import data_file, user_path
@@ -149,7 +148,7 @@ def recommend(settings: Settings, source: str | None = None) -> dict[str, Any]:
         "fits": whether the need is at most MOST of what is free, too.
 
     Raises:
-        InputError: the model's configuration is not on this machine (nothing is downloaded).
+        InputError: the model's configuration can be had nowhere (of a hub model that file alone is asked for).
     """
     quiet()
     name = source or settings.base_model
@@ -266,23 +265,7 @@ def _config(name: str) -> Any:
     if folder.is_file() and folder.suffix.lower() == ".gguf":
         refuse_without_template(str(folder))
         return transformers_config(read_source(folder).config, folder)
-    if name.lower().endswith(".gguf"):
-        raise InputError(f"no file {folder}.", "a .gguf file.", f"{how_to_get(folder)}.")
-    file = folder / "config.json" if folder.is_dir() else folder if folder.name == "config.json" else _cached(name)
-    if file is None or not file.is_file():
-        raise refusal("finetune/no-configuration", name=name)
-    refuse_other_task(file.parent, {}, read_configuration(file.parent).get("architectures") or ())
-    with refusing((ValueError, OSError, KeyError), "finetune/no-language-model", file=file):
-        return AutoConfig.from_pretrained(str(file.parent), trust_remote_code=False, local_files_only=True)
-
-
-def _cached(name: str) -> Path | None:
-    """config.json in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(name.partition("@")[0], "config.json")
-    except HFValidationError:
-        return None
-    return Path(found) if isinstance(found, str) else None
+    known = dict(configuration_of(name)[0])
+    refuse_other_task(folder, {}, known.get("architectures") or ())
+    with refusing((ValueError, KeyError), "finetune/no-language-model", file=name):
+        return AutoConfig.for_model(known.pop("model_type"), **known)

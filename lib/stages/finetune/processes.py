@@ -18,17 +18,15 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lib.errors import InputError, Terminated, refusal
 from lib.progress import PROGRESS_FILE_VARIABLE, Progress
 from lib.runs import child, machine
 from lib.runs.files import data_file, read_json, write_json
 from lib.runs.machine import peak_memory
-
-if TYPE_CHECKING:
-    from lib.runs.run import Product, Run
-    from lib.stages.finetune.session import TrainingInputs
+from lib.runs.run import Product, Run
+from lib.stages.finetune.session import TrainingInputs
 
 INPUTS, STOP, ANSWER = "inputs.pickle", "stop", "answer-{rank}.json"
 """Files in the folder where the processes meet: what to train, the request to stop, what each one answers."""

@@ -64,7 +64,7 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
         torch.OutOfMemoryError: the device has no room for a micro-batch.
     """
     quiet()
-    from lib.stages.finetune.layout import choose_layout
+    from lib.stages.finetune.layout import choose_layout, refuse_overflow
 
     settings = inputs.settings
     task, tokenizer = read_task(inputs.data), load_tokenizer(inputs.data / "tokenizer")
@@ -74,6 +74,8 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
         model = _new_model(inputs.base, settings, dtype)
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     collate, layout = choose_layout(model, [*train, *validation], filler or 0)
+    if dtype == "float16":
+        refuse_overflow(model, collate(train[:1]))
     plan = _plan(model, settings, train + validation, getattr(collate, "prefix", 0))
     require_space(inputs.folder, 5 * 12 * plan["trainable"] + (32 << 20), "checkpoints and the adapter")
     with peak_memory() as peak, device_peak() as on_gpu:  # of the training alone: making the offline base needs more
@@ -157,6 +159,8 @@ def _run_trainer(
     passes = settings.gradient_accumulation_steps * settings.num_processes
     update = settings.per_device_train_batch_size * passes
     steps = math.ceil(settings.num_train_epochs * math.ceil(len(train) / update))
+    if trainers.warm_up(steps, settings) > steps:
+        raise refusal("finetune/long-warm-up", settings=settings, steps=steps)
     arguments = trainers.training_arguments(folder, steps, settings)
     trainer = trainers.AnswerTrainer(model, arguments, train, validation, collate)
     good, messages = checkpoints.find(folder)
@@ -190,9 +194,15 @@ def _run_trainer(
         "steps": steps,
         "throughput": statistics.median(row["tokens_per_second"] for row in history if "loss" in row),
         "resumed_from": start.step if start else None,
-        "messages": messages,
+        "messages": [*messages, *_skipped(trainer, steps)],
         "seconds": round(time.monotonic() - began, 2),
     }
+
+
+def _skipped(trainer: Any, steps: int) -> list[str]:
+    """What float16 cost, in words."""
+    words = data_file("stages/finetune/notes.yaml")["skipped"]
+    return [words.format(skipped=trainer.skipped, steps=steps)] if trainer.skipped else []
 
 
 def _choose(log: list[dict[str, Any]], folder: Path) -> checkpoints.Checkpoint:

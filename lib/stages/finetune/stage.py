@@ -17,13 +17,14 @@ from lib.models.adapters import adapter_config, copy_weights, read_adapter
 from lib.models.base_model import Base, GivenAdapter
 from lib.models.merge_plan import check_fit
 from lib.models.tokenizer_files import differences
-from lib.models.weights import open_weights
+from lib.models.weights import TORCH, open_weights
 from lib.runs import machine
-from lib.runs.files import data_file, read_json, read_jsonl, render, user_path, write_json, write_jsonl, write_text
+from lib.runs.files import data_file, read_json, read_jsonl, user_path, write_json, write_jsonl, write_text
 from lib.runs.machine import quiet, read_samples, resources_recorded, summary
+from lib.runs.render import render
 from lib.runs.run import Product, ProductDraft, Run
 from lib.select.choice import BEST_OF, Best, best_of, write_analysis
-from lib.settings import Settings
+from lib.settings import UNTRAINED, Settings
 from lib.stages.finetune import checkpoints
 from lib.stages.finetune.processes import made_once, train_in_processes
 from lib.stages.finetune.session import TrainingInputs, train, until_it_fits
@@ -34,16 +35,21 @@ _NOTES: dict[str, str] = data_file("stages/finetune/notes.yaml")
 PARAMETERS = (
     *("seed", "load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "target_modules", "learning_rate"),
     *("num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "dtype"),
-    *("gradient_checkpointing", "save_steps", "num_processes"),
+    *("gradient_checkpointing", "save_steps", "num_processes", "lr_scheduler_type", "warmup_steps"),
 )
 """Settings that a trained adapter depends on (those of the data come in through the data product)."""
+
+
+def made_with(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a product `adapter`, with those that it does not name because they were the default."""
+    return Settings().pick("adapter", "finetuning_type") | parameters
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
     """What notebook 02 shows of the adapter and how it came about, read back from the product.
 
-    Of an adapter that was adopted everything that only a training has is zero or empty.
+    Where nothing was trained, everything that only a training has is zero or empty.
 
     Attributes:
         product: the folder with adapter_model.safetensors (the chosen checkpoint), history.jsonl, training.log.
@@ -96,6 +102,11 @@ class FinetuneResult:
     micro_batch: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def untrained(self) -> bool:
+        """Whether the base model goes through the run as it is: there is no adapter at all."""
+        return self.method == UNTRAINED
+
+    @property
     def trainable_share(self) -> float:
         """Trained share of all weights."""
         return self.trainable / self.total
@@ -116,7 +127,8 @@ DrawLosses = Callable[[Path], AbstractContextManager[Any]]
 def finetune(settings: Settings, run: Run, draw: DrawLosses | None = None) -> FinetuneResult:
     """Train the adapter, or find it unchanged; an interrupted training continues from its newest whole checkpoint.
 
-    With the setting `adapter` nothing is trained: that adapter is checked against the base model and adopted.
+    With the setting `adapter` nothing is trained: that adapter is checked against the base model and adopted. With
+    `finetuning_type: none` there is none: the product says so, and later stages take the base model.
 
     Args:
         draw: draws the losses while they come; None = nobody does.
@@ -126,6 +138,8 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses | None = None) -> Fi
     """
     if settings.adapter:
         return FinetuneResult.read(adopt(settings, run))
+    if settings.finetuning_type == UNTRAINED:
+        return FinetuneResult.read(_leave_untrained(run, settings.force))
 
     def make() -> Product:
         return run.produce(
@@ -176,6 +190,11 @@ def _write_adapter(source: Path, draft: ProductDraft, base: Base, facts: dict[st
     """The files that every adapter has: weights, configuration, facts for the page, card."""
     copy_weights(read_adapter(source), draft.folder / "adapter_model.safetensors")
     write_config(draft.folder, adapter_config(source), base)
+    _write_facts(draft, base, facts, card)
+
+
+def _write_facts(draft: ProductDraft, base: Base, facts: dict[str, Any], card: str) -> None:
+    """What the page shows, the card, and which base model it is about."""
     given = {"id": base.id, "revision": base.revision, "offline": base.offline}
     write_json(draft.folder / "training.json", {**facts, "base": given})
     write_text(draft.folder / "README.md", card)
@@ -199,6 +218,38 @@ def _is_zero(adapter: Path) -> bool:
     from safetensors.numpy import load_file
 
     return not any(tensor.any() for name, tensor in load_file(adapter).items() if ".lora_B." in name)
+
+
+# A base model that goes through the run as it is.
+
+_NO_TRAINING: dict[str, Any] = {
+    "layout": "",
+    "resumed_from": None,
+    **dict.fromkeys(("trainable", "chosen_step", "steps", "train_rows", "validation_rows"), 0),
+    **dict.fromkeys(("throughput", "seconds", "peak_memory_mib"), 0.0),
+    **{key: {} for key in ("estimate", "memory", "micro_batch")},
+    **{key: [] for key in ("advice", "messages")},
+}
+"""Facts that only a training has."""
+
+
+def _leave_untrained(run: Run, force: bool) -> Product:
+    """The product `adapter` without an adapter: it says that there is none, and why."""
+    if run.fold > 1 or run.other_folds():
+        raise refusal("finetune/untrained-with-folds", run=run)
+
+    def build(draft: ProductDraft) -> None:
+        base = base_model.base_of(run)
+        weights = open_weights(base.path)
+        kinds = {TORCH.get(tensor.dtype, tensor.dtype) for tensor in weights.tensors.values()}
+        facts = {"method": UNTRAINED, "total": weights.parameters, "dtype": " and ".join(sorted(kinds))}
+        draft.notes.append(_NOTES[UNTRAINED].format(base=base_model.called(base.id)))
+        card = render(Path(__file__).with_name("untrained.md.j2"), base=base)
+        _write_facts(draft, base, {**_NO_TRAINING, **facts, "dtype_reason": "as its files hold it"}, card)
+        write_jsonl(draft.folder / "history.jsonl", [])
+        draft.facts["method"] = UNTRAINED
+
+    return run.produce("adapter", build, {"finetuning_type": UNTRAINED}, ("data",), force)
 
 
 # An adapter that somebody else trained, or another run.
@@ -242,17 +293,12 @@ def _adopt(given: GivenAdapter, run: Run, draft: ProductDraft, best: Best | None
     source = {"id": given.id, "revision": given.revision}
     sizes = {"trainable": shape.parameters, "total": open_weights(base.path).parameters + shape.parameters}
     facts = {
+        **_NO_TRAINING,
         "adopted": {**source, **asdict(shape), "trained_on": trained_on},
         "method": f"{shape.variant} r={shape.rank}, alpha={shape.alpha} on {shape.modules} linear layers",
         **sizes,
         "dtype": shape.dtype,
         "dtype_reason": "as it came",
-        "layout": "",
-        "resumed_from": None,
-        **dict.fromkeys(("chosen_step", "steps", "train_rows", "validation_rows"), 0),
-        **dict.fromkeys(("throughput", "seconds", "peak_memory_mib"), 0.0),
-        **{key: {} for key in ("estimate", "memory", "micro_batch")},
-        **{key: [] for key in ("advice", "messages")},
     }
     card = render(Path(__file__).with_name("adopted.md.j2"), given=given, base=base, shape=shape, best=best)
     _write_adapter(given.path, draft, base, facts, card)

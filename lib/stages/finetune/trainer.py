@@ -8,7 +8,6 @@ update. So the update is that of one process with the same rows.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import signal
@@ -23,10 +22,10 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
-from lib.errors import Terminated, on_signals
+from lib.errors import Terminated, on_signals, refusal
 from lib.progress import Progress
 from lib.prompts.conversations import Encoded
 from lib.runs.files import data_file, writing
@@ -35,6 +34,13 @@ from lib.settings import Settings
 from lib.stages.finetune import checkpoints
 from lib.stages.finetune.batches import Collate, GroupedOrder, MicroBatches
 from lib.stages.finetune.layout import answer_loss
+
+_SCALER: dict[str, Any] = {"init_scale": 2.0**12, "growth_interval": 100}
+"""The loss scale of float16 begins below torch's (2¹⁶, 2000), so that a short training loses no updates to finding it;
+it halves when a gradient overflows, and doubles after so many updates without."""
+
+LEAST_SCALE = 2.0**-4
+"""Below it no gradient can have been too large: the model itself overflows."""
 
 _ALWAYS = data_file("stages/finetune/training_arguments.yaml")
 """Arguments that do not depend on settings."""
@@ -75,6 +81,9 @@ class AnswerTrainer(Trainer):
             model=model, args=arguments, train_dataset=train, eval_dataset=validation, data_collator=collate
         )
         self.remove_callback(PrinterCallback)  # it prints to stdout
+        self.skipped = 0
+        if next(iter(self.model.get_base_model().parameters())).dtype == torch.float16:
+            self.accelerator.scaler = torch.amp.GradScaler(arguments.device.type, **_SCALER)
         if arguments.world_size > 1:
             torch.manual_seed(arguments.seed + arguments.process_index)  # dropout of its own in every process
 
@@ -84,7 +93,8 @@ class AnswerTrainer(Trainer):
         own = MicroBatches(
             self.order, arguments.per_device_train_batch_size, arguments.process_index, arguments.world_size
         )
-        return DataLoader(self.train_dataset, batch_sampler=own, collate_fn=self._collate_share)
+        pinned = arguments.dataloader_pin_memory  # such memory is copied to a GPU directly
+        return DataLoader(self.train_dataset, batch_sampler=own, collate_fn=self._collate_share, pin_memory=pinned)
 
     def _collate_share(self, share: list[Encoded]) -> dict[str, torch.Tensor]:
         """A batch; of a share without rows one that stands for none, so that its process takes part in the sums."""
@@ -93,11 +103,10 @@ class AnswerTrainer(Trainer):
         return {"labels": torch.zeros((1, 0), dtype=torch.int64), "row_tokens": torch.tensor(0)}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """Linear warm-up and cosine decay (`rate`) in place of transformers', whose first update has the rate 0."""
+        """The schedule of transformers but for its first step, whose rate is 0 (`rates`)."""
         if self.lr_scheduler is None:
-            shape = functools.partial(
-                rate, warm=self.args.get_warmup_steps(num_training_steps), total=num_training_steps
-            )
+            warm = self.args.get_warmup_steps(num_training_steps)
+            shape = rates(self.args.lr_scheduler_type, warm, num_training_steps)
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, shape)
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -131,6 +140,21 @@ class AnswerTrainer(Trainer):
             return model()
         finally:
             self.model.forward = original
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """In float16 the gradients are turned back first; an update in which one overflowed is then skipped.
+
+        Raises:
+            InputError: no scale makes them fit: it is the model itself that overflows.
+        """
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            if scaler.get_scale() < LEAST_SCALE:
+                raise refusal("finetune/float16-overflows")
+            scaler.unscale_(self.optimizer.optimizer)
+        norm = super()._clip_grad_norm(model)
+        self.skipped += int(scaler is not None and not torch.isfinite(torch.as_tensor(norm)))
+        return norm
 
     def _trained(self) -> list[torch.nn.Parameter]:
         return [weights for weights in self.model.parameters() if weights.requires_grad]
@@ -203,6 +227,8 @@ class AnswerTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep a row of the history, with the throughput since the last one."""
+        if self.accelerator.scaler is not None and not math.isfinite(logs.get("grad_norm", 0.0)):
+            del logs["grad_norm"]  # of an update that was skipped
         if "loss" in logs:
             seconds = time.monotonic() - self.interval_started - self.eval_seconds
             tokens = from_every_process(self.interval_tokens).sum().item()
@@ -239,15 +265,24 @@ class AnswerTrainer(Trainer):
         self.eval_seconds += time.monotonic() - started
 
 
-def rate(done: int, warm: int, total: int) -> float:
-    """Share of the learning rate that the update after `done` ones has, of `total` with `warm` before the peak.
+def rates(name: str, warm: int, total: int) -> Callable[[int], float]:
+    """From the updates done to the share of the learning rate that the next one has.
 
-    It rises evenly from 1 / (warm + 1) to 1 and falls as half a cosine towards 0 behind the last update, so that every
-    update, also the only one of a short training, changes the weights.
+    It is transformers' schedule of one more step before the peak and in all, without its first step: that has the rate
+    0, and here every update, also the only one of a short training, changes the weights.
+
+    Args:
+        name: as transformers calls the schedule. warm: updates before the peak. total: updates in all.
     """
-    if done < warm:
-        return (done + 1) / (warm + 1)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (done - warm) / max(1, total - warm))))
+    nobodys = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    (shape,) = get_scheduler(name, nobodys, warm + 1, total + 1).lr_lambdas
+    return lambda done: shape(done + 1)
+
+
+def warm_up(steps: int, settings: Settings) -> int:
+    """Updates before the peak, of `steps`: a share below 1 is rounded, to one update at least."""
+    asked = settings.warmup_steps
+    return int(asked) if asked >= 1 or not asked else max(1, round(asked * steps))
 
 
 class _Arguments(TrainingArguments):
@@ -259,7 +294,7 @@ class _Arguments(TrainingArguments):
 
 
 def training_arguments(folder: Path, steps: int, settings: Settings) -> TrainingArguments:
-    """Arguments shared by all runs: AdamW, 4 % warm-up before the cosine (`rate`), gradients clipped to norm 1.
+    """Arguments shared by all runs: AdamW, the schedule of `rates`, gradients clipped to norm 1.
 
     Args:
         folder: of the checkpoints.
@@ -267,13 +302,14 @@ def training_arguments(folder: Path, steps: int, settings: Settings) -> Training
     """
     arguments = _Arguments(
         output_dir=str(folder),
-        warmup_steps=max(1, round(0.04 * steps)),
+        warmup_steps=warm_up(steps, settings),
         logging_steps=max(1, steps // 100),
         eval_steps=settings.save_steps,
         use_cpu=torch_device() == "cpu",
+        dataloader_pin_memory=torch_device() == "cuda",
         seed=settings.training_seed,
         **settings.pick(
-            *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "save_steps"),
+            *("learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size", "save_steps"),
             *("gradient_accumulation_steps", "gradient_checkpointing"),
         ),
         **_ALWAYS,

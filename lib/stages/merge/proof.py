@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,7 @@ class MergeProof:
             leaves (1 = all; less where changes are smaller than half a step of the format, so that W comes back); None
             where nothing changes.
         set_back: summed weights that hold W again although T differs from it.
+        rounding: by tensor that is a sum, √(Σ (stored - T)² / Σ (T - W)²): the error of rounding beside the change.
         dtype: of the merged weights as safetensors names it ("BF16"), "mixed" where there are several.
     """
 
@@ -73,12 +74,14 @@ class MergeProof:
     set_back: int
     dtype: str
     seconds: float
+    rounding: dict[str, float] = field(default_factory=dict)
 
 
-def prove_merge(base: Path, adapter: Path, merged: Path, dtype: str | None = None) -> MergeProof:
+def prove_merge(base: Path, adapter: Path | None, merged: Path, dtype: str | None = None) -> MergeProof:
     """Compute every tensor of the model folder `merged` again from `base` and `adapter`.
 
     Args:
+        adapter: None = every tensor is the base's, bit for bit, or the cast of it.
         dtype: as safetensors names it ("BF16"), of all merged tensors; None = each has that of the base.
 
     Raises:
@@ -89,13 +92,17 @@ def prove_merge(base: Path, adapter: Path, merged: Path, dtype: str | None = Non
     plan, written = plan_merge(base, adapter), open_weights(merged)
     weights, updates = plan.base, plan.updates
     _check_places(weights, written, dtype)
-    factors = _scalings(adapter, updates)
+    factors = _scalings(adapter, updates) if adapter else {}
     counts: dict[str, float] = defaultdict(float)
     wrong: dict[str, int] = {}
+    rounding: dict[str, float] = {}
     for name, tensor in track(written.tensors.items(), "proving the merge (tensors)"):
         update, own = updates.get(name), weights.tensors[name]
         if update and update.is_sum:
+            before = dict(counts)
             count = _check_sums(tensor, own, update, factors[name], counts)
+            change, error = (counts[key] - before.get(key, 0.0) for key in ("change", "error"))
+            rounding |= {name: float(f"{math.sqrt(error / change):.3g}")} if change else {}
         else:
             count = _differing(tensor, own, update)
         if count:
@@ -116,6 +123,7 @@ def prove_merge(base: Path, adapter: Path, merged: Path, dtype: str | None = Non
         set_back=int(counts["set back"]),
         dtype=kinds.pop() if len(kinds) == 1 else "mixed",
         seconds=round(time.monotonic() - started, 2),
+        rounding=rounding,
     )
 
 
@@ -200,6 +208,7 @@ def _check_sums(
             change, stored = ((value.to(torch.float64) - weight).reshape(-1) for value in (total, found))
             counts["kept"] += float(stored @ change)
             counts["change"] += float(change @ change)
+            counts["error"] += float((stored - change) @ (stored - change))
             counts["set back"] += int(((stored == 0) & (change != 0)).sum())
             wrong += count - int(((low <= found) & (found <= high)).sum())  # NaN is in no interval
     return wrong

@@ -15,9 +15,10 @@ from lib.models.base_model import base_of
 from lib.models.loading import load_tokenizer
 from lib.models.weights import SAFETENSORS
 from lib.prompts.tasks import language_of, read_task, spread
-from lib.runs.files import read_json, read_jsonl, render, write_json, write_text
+from lib.runs.files import read_json, read_jsonl, write_json, write_text
+from lib.runs.render import render
 from lib.runs.run import Product, ProductDraft, Run
-from lib.settings import Settings
+from lib.settings import UNTRAINED, Settings
 from lib.stages.merge.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, compare_merges, dequantize_base
 from lib.stages.merge.proof import MergeProof, prove_merge
 from lib.stages.merge.verify import MergeCheck, check_merge
@@ -41,7 +42,7 @@ class MergeRecord:
         report: sizes, tensors, memory and rules of the merge.
         proof: what was recomputed, and found right.
         check: what rounding the weights costs: answers beside those of base + adapter.
-        method: how the adapter was trained ("LoRA", "QLoRA").
+        method: how the adapter was trained ("LoRA", "QLoRA"); "none" where there is none.
         merge_base: into which weights it was merged ("original", "dequantized").
         nf4: both ways to merge an adapter of an NF4 base, measured; None for an adapter of a 16-bit base.
     """
@@ -61,6 +62,11 @@ class MergeResult(MergeRecord):
     product: Product
 
     @property
+    def trained(self) -> bool:
+        """Whether an adapter was merged; else the weights are the base's."""
+        return self.method != UNTRAINED
+
+    @property
     def files(self) -> dict[str, int]:
         """Bytes of every file of the product."""
         return {name: output["bytes"] for name, output in self.product.entry.outputs.items()}
@@ -73,6 +79,8 @@ class MergeResult(MergeRecord):
 
 def merge(settings: Settings, run: Run) -> MergeResult:
     """Make the product `merged` from `adapter` and the run's base model, or skip it when nothing changed.
+
+    Where nothing was trained it holds the base's own weights, which is proved too.
 
     Raises:
         InputError: an adapter that cannot be merged exactly, a merged weight that is not the rounded sum, or rounding
@@ -89,8 +97,8 @@ def merge(settings: Settings, run: Run) -> MergeResult:
 
 
 def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> None:
-    data, adapter, base = run.require("data"), run.require("adapter"), base_of(run)
-    method = str(adapter.entry.facts.get("method", "LoRA"))
+    data, made, base = run.require("data"), run.require("adapter"), base_of(run)
+    method, adapter = str(made.entry.facts.get("method", "LoRA")), None if run.untrained else made.path
     if method != "QLoRA" and merge_base != ORIGINAL:
         raise refusal("merge/no-nf4-base", merge_base=merge_base)
     task, dtype = read_task(data.path), None if merge_dtype == "base" else merge_dtype
@@ -101,22 +109,22 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
         scratch = Path(name)
         if method == "QLoRA":
             folders[DEQUANTIZED] = dequantize_base(base.path, scratch / "dequantized-base")
-        merged, made = {key: scratch / key for key in folders}, {}
+        merged, found = {key: scratch / key for key in folders}, {}
         for key, folder in folders.items():
-            report = merge_folders(folder, adapter.path, merged[key], dtype, tokenizer=data.path / "tokenizer")
-            proof = prove_merge(folder, adapter.path, merged[key], SAFETENSORS[dtype] if dtype else None)
-            made[key] = report, proof, check_merge(folder, adapter.path, merged[key], prompts, report.dtype)
+            report = merge_folders(folder, adapter, merged[key], dtype, tokenizer=data.path / "tokenizer")
+            proof = prove_merge(folder, adapter, merged[key], SAFETENSORS[dtype] if dtype else None)
+            found[key] = report, proof, check_merge(folder, adapter, merged[key], prompts, report.dtype)
         if method == "QLoRA":
-            nf4 = compare_merges(base.path, adapter.path, merged, spread(rows, ROWS), task, tokenizer)
+            nf4 = compare_merges(base.path, made.path, merged, spread(rows, ROWS), task, tokenizer)
         for path in sorted(merged[merge_base].iterdir()):
             path.rename(work.folder / path.name)
-    report, proof, check = made[merge_base]
-    chosen = adapter.entry.facts.get("chosen")
-    told = {"merge_base": merge_base, "report": report, "proof": proof, "check": check}
+    report, proof, check = found[merge_base]
+    chosen = made.entry.facts.get("chosen")
+    told = {"trained": adapter is not None, "merge_base": merge_base, "report": report, "proof": proof, "check": check}
     told["notes"] = [*run.stamps(), *([chosen["text"]] if chosen else [])]
     told |= {"task": task.kind, "language": language_of(spread(rows, _TOLD_BY))}
     _write_readme(work.folder, "card.md.j2", base.id, base.revision, **told)
-    named = replace(report, base=base.id, adapter="adapter", output="merged")
+    named = replace(report, base=base.id, adapter="adapter" if adapter else "", output="merged")
     write_json(work.folder / "merge.json", asdict(MergeRecord(named, proof, check, method, merge_base, nf4)))
     work.facts = {"base_model": base.id, "base_revision": base.revision, "method": method, "dtype": report.dtype}
     work.facts |= {"merge_base": merge_base} | ({"chosen": chosen} if chosen else {})

@@ -131,10 +131,11 @@ def _agreement(p: np.ndarray, q: np.ndarray) -> float:
     return float(np.mean(p.argmax(axis=-1) == q.argmax(axis=-1)))
 
 
-def check_merge(base: Path, adapter: Path, merged: Path, prompts: Sequence[list[int]], dtype: str) -> MergeCheck:
+def check_merge(base: Path, adapter: Path | None, merged: Path, prompts: Sequence[list[int]], dtype: str) -> MergeCheck:
     """Compare base + adapter with the merged model, reloaded from its folder, and with other roundings of it.
 
     Args:
+        adapter: None = the base alone. It has no change that rounding could eat, so that nothing is refused.
         prompts: token ids; a few dozen real prompts of the run.
         dtype: dtype of the merged weights ("float32", "bfloat16", "float16", "mixed").
 
@@ -146,7 +147,7 @@ def check_merge(base: Path, adapter: Path, merged: Path, prompts: Sequence[list[
         raise InputError("no prompt to check the merge with.", "a few prompts.", "give rows with text.")
     arithmetic = affordable_dtype(base)
     others = [name for name in FORMATS if name != dtype]
-    with Progress("checking the merge (prompts)", (3 + len(others)) * len(prompts)) as progress:
+    with Progress("checking the merge (prompts)", ((3 if adapter else 2) + len(others)) * len(prompts)) as progress:
         reference, costs, left_out = _base_and_adapter(base, adapter, arithmetic, others, prompts, progress)
         gc.collect()
         found = _log_probs(load_model(merged, dtype=arithmetic), prompts, progress)
@@ -164,32 +165,42 @@ def check_merge(base: Path, adapter: Path, merged: Path, prompts: Sequence[list[
         left_out=left_out,
         seconds=round(time.monotonic() - started, 2),
     )
-    _refuse(check, merged)
+    if adapter:
+        _refuse(check, merged)
     return check
 
 
 def _base_and_adapter(
-    base: Path, adapter: Path, arithmetic: str, names: Sequence[str], prompts: Sequence[list[int]], progress: Progress
+    base: Path,
+    adapter: Path | None,
+    arithmetic: str,
+    names: Sequence[str],
+    prompts: Sequence[list[int]],
+    progress: Progress,
 ) -> tuple[_Reference, list[FormatCost], dict[str, str]]:
     """Base + adapter, the base alone, and the cost of the formats `names`, or why it was not measured."""
     model = load_model(base, dtype=arithmetic, adapter=adapter)
     tuned = _log_probs(model, prompts, progress)
-    with model.disable_adapter():
-        plain = _log_probs(model, prompts, progress)
+    plain = tuned
+    if adapter:
+        with model.disable_adapter():
+            plain = _log_probs(model, prompts, progress)
     starts = np.cumsum([min(POSITIONS, len(ids)) for ids in prompts]) - 1
     reference, costs, left_out = _Reference(tuned, plain, starts), [], {}
     if arithmetic != "float32":
         why = "its weights in float32 do not fit into memory"
         progress.advance(len(names) * len(prompts))
         return reference, costs, dict.fromkeys(names, why)
-    model.merge_adapter()
+    if adapter:
+        model.merge_adapter()
     rounded, largest = False, max(float(w.detach().abs().max()) for w in model.parameters() if w.numel())
     for name in names:
         if rounded:
             del model
             gc.collect()
             model = load_model(base, dtype=arithmetic, adapter=adapter)
-            model.merge_adapter()
+            if adapter:
+                model.merge_adapter()
         if name == "float16" and largest > FLOAT16_MAX:
             left_out[name] = f"a weight is larger than {FLOAT16_MAX:,.0f}"
             progress.advance(len(prompts))

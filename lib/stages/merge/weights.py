@@ -229,7 +229,7 @@ says where else the weights go."""
 
 def merge_folders(
     base: Path,
-    adapter: Path,
+    adapter: Path | None,
     output: Path,
     dtype: str | None = None,
     tokenizer: Path | Literal["adapter", "base"] = "adapter",
@@ -238,6 +238,7 @@ def merge_folders(
     """Write the model `base` with the adapter merged into it as the new folder `output`.
 
     Args:
+        adapter: None = the base as it is, or in another number format.
         dtype: "float32", "bfloat16" or "float16"; None keeps the dtype of every tensor of the base.
         tokenizer: folder whose tokenizer files are copied; "base" = those of the base; "adapter" = the vocabulary and
             the template of the adapter's folder where it has them, because it was trained with them.
@@ -249,19 +250,20 @@ def merge_folders(
             left at `output` then.
     """
     started = time.monotonic()
-    base, adapter, output = Path(base), Path(adapter), Path(output)
+    base, adapter, output = Path(base), adapter and Path(adapter), Path(output)
     if dtype not in (None, *DTYPES):
         raise refusal("models/unknown-dtype", dtype=dtype, known=", ".join(DTYPES))
     _check_output(base, adapter, output)
     plan = plan_merge(base, adapter)
     weights, memory = plan.base, _anonymous_memory()
-    brought = differences(adapter, base) if tokenizer == "adapter" else {}
+    brought = differences(adapter, base) if adapter and tokenizer == "adapter" else {}
     if "vocabulary" in brought:
-        _check_rows(adapter, weights)
+        check_rows(adapter, weights)
     with new_folder(output) as folder:
         new = prepare_weights(weights, folder, SAFETENSORS[dtype] if dtype else None)
         require_space(output.parent, new.nbytes, output.name)
-        plan.adapter.require_finite()
+        if plan.adapter:
+            plan.adapter.require_finite()
         words = adapter if brought.keys() - {"template"} else base if isinstance(tokenizer, str) else tokenizer
         _copy_small_files(base, words, folder, plan.config, dtype)
         if brought:
@@ -282,17 +284,20 @@ def merge_folders(
         parameters=weights.parameters,
         parameters_changed=sum(tensor.size for tensor in changed),
         bytes_base=weights.nbytes,
-        bytes_adapter=plan.adapter.nbytes,
+        bytes_adapter=plan.adapter.nbytes if plan.adapter else 0,
         bytes_merged=new.nbytes,
         scalings=dict(sorted(scalings.items())),
         peak_anonymous_mib=round((max(most, memory) - memory) / 2**20, 1) if memory else None,
         seconds=round(time.monotonic() - started, 2),
-        remarks=remarks(plan.adapter),
+        rules=RULES.copy() if plan.adapter else [],
+        remarks=remarks(plan.adapter) if plan.adapter else [],
     )
 
 
-def _check_output(base: Path, adapter: Path, output: Path) -> None:
+def _check_output(base: Path, adapter: Path | None, output: Path) -> None:
     for name, folder in (("base", base), ("adapter", adapter)):
+        if folder is None:
+            continue
         if not folder.is_dir():
             raise InputError(f"no folder {folder}.", f"the {name} folder.", "check the path.")
         if output.resolve() == folder.resolve():
@@ -300,8 +305,8 @@ def _check_output(base: Path, adapter: Path, output: Path) -> None:
     require_new(output)
 
 
-def _check_rows(tokenizer: Path, weights: Weights) -> None:
-    """Every token of an adapter's own vocabulary needs a row of the embedding."""
+def check_rows(tokenizer: Path, weights: Weights) -> None:
+    """Refuse an adapter's own vocabulary with a token that has no row of the embedding."""
     largest = max((i for part in vocabulary(reader(tokenizer)) for i in part.values()), default=-1)
     rows = weights.tensors[EMBEDDING].shape[0] if EMBEDDING in weights.tensors else largest + 1
     if largest >= rows:

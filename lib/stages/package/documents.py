@@ -10,18 +10,23 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from scipy.special import log_softmax
 
+from lib.language import translated
 from lib.prompts.conversations import escape
 from lib.prompts.templates import ROLES, Turns, end_of_turn_id
 from lib.runs.child import run_child
-from lib.runs.files import data_file, render
+from lib.runs.files import data_file
+from lib.runs.packages import closure, pin
+from lib.runs.render import render
 from lib.scoring.generation import end_ids, llama_feed, write
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.stages.package.facts import TOLERANCE, TOLERANCE_SHARE, Facts, sentences_for
@@ -64,6 +69,7 @@ def card(facts: Facts, licence_files: Sequence[str] = ()) -> str:
         front=yaml.safe_dump(values, allow_unicode=True, sort_keys=False),
         types=Counter(mix["types"].values()).most_common() if mix else [],
         measures=_LABELLED if labelled else _WRITTEN,
+        why=facts.chosen.told or facts.chosen.words,
         kept=kept_words(facts.chosen.entry),
         verdict=facts.chosen.entry["verdict"],
         settings={key: training["training"][key] for key in _TRAINING if key in training["training"]},
@@ -76,34 +82,16 @@ def card(facts: Facts, licence_files: Sequence[str] = ()) -> str:
 
 def requirements(facts: Facts) -> str:
     """What the GGUF file needs, and in a second part what the folders for transformers need."""
-    lines = ["# The GGUF file: test_model.py and usage_examples.py", *_closure("llama_cpp_python")]
+    lines = [f"# {translated('The GGUF file: test_model.py and usage_examples.py')}", *closure("llama_cpp_python")]
     tree = facts.report["export_tree"]
     if tree.keys() - {"gguf"}:
         kinds = {what.partition(":")[0] for what in tree.values()}
         wanted = ["torch", "transformers", "accelerate"]
         wanted += ["bitsandbytes"] if kinds & {"int8", "nf4"} else []
         wanted += ["compressed_tensors"] if "gptq" in kinds else []
-        lines += ["", "# The folders for transformers (torch in the build that suits the device)", *map(_pin, wanted)]
+        folders = translated("The folders for transformers (torch in the build that suits the device)")
+        lines += ["", f"# {folders}", *map(pin, wanted)]
     return "\n".join(lines) + "\n"
-
-
-def _pin(name: str) -> str:
-    return f"{name}=={metadata.version(name).partition('+')[0]}"
-
-
-def _closure(wanted: str) -> list[str]:
-    """A package and everything that it needs without extras, with the installed versions."""
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
-    todo, found = [wanted], {}
-    while todo:
-        name = todo.pop()
-        key = canonicalize_name(name)
-        if key not in found:
-            found[key] = _pin(name)
-            todo += [need.name for need in map(Requirement, metadata.requires(name) or ()) if need.marker is None]
-    return [found[key] for key in sorted(found)]
 
 
 # Modelfile: the packaged file for Ollama, with the prompt that the model was trained on.
@@ -153,21 +141,53 @@ BANDWIDTHS = {
 """Memory of phones: bytes a second on a bus of 64 bits; the name holds mega-transfers a second (JEDEC)."""
 
 
-def guide(facts: Facts) -> str:
-    """deployment_guide.md; its questions are one of the project's own sentences in the wording of the training."""
+BATCHED = (3.43, 2.07)
+"""Rows a second in batches and one by one (docs/measured.md)."""
+REUSED = (381, 6.2, 0.27)
+"""Tokens of a prompt; seconds until its answer with a new beginning, and with that of the request before."""
+
+
+def guide(facts: Facts, turns: Turns, prompts: Sequence[Sequence[int]]) -> str:
+    """deployment_guide.md; its questions are one of the project's own sentences in the wording of the training.
+
+    Args:
+        prompts: token ids of stored prompts, whose common beginning a server keeps.
+    """
     turn = facts.task.user_prompt.replace("{text}", sentences_for(facts.task)[0])
     messages = [{"role": "system", "content": facts.task.system_prompt}, {"role": "user", "content": turn}]
     request = {"messages": messages, "temperature": 0, "max_tokens": facts.most}
+    asked = [
+        {"role": role, "content": text} for role, text in zip(ROLES, (facts.task.system_prompt, "\0"), strict=False)
+    ]
+    ahead, behind = replace(turns, begin="").render(asked).split("\0")
+    wording = facts.task.user_prompt.partition("{text}") if facts.task.label_names else ("", "", "")
     return render(
         _TEMPLATES / "deployment_guide.md.j2",
         facts=facts,
         labelled=bool(facts.task.label_names),
         bandwidths=BANDWIDTHS,
         quoted=shlex.quote,
+        quoted_text=partial(_literal, "\\u{:04x}"),
+        swift=partial(_literal, "\\u{{{:x}}}"),
+        ahead=ahead + wording[0],
+        behind=wording[2] + behind,
+        shared=sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False))),
+        slot=facts.n_ctx * facts.report["cache_bytes_per_token"],
+        batched=BATCHED,
+        reused=REUSED,
         turn=turn,
         request=json.dumps(request, ensure_ascii=False),
         llama_version=metadata.version("llama_cpp_python"),
     )
+
+
+def _literal(form: str, text: str) -> str:
+    """A text between the quotation marks of Kotlin or Swift, in which $ and \\( would be filled in.
+
+    Args:
+        form: of a character by its number.
+    """
+    return '"' + "".join(form.format(ord(c)) if c in '"\\$' or ord(c) < 32 else c for c in text) + '"'
 
 
 # model_info.json: how the packaged file is asked, and what it answered here to five prompts, for test_model.py.

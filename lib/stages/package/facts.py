@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError, refusal
+from lib.language import retold, sentences
 from lib.models.gguf_file import read_metadata, read_tensors
 from lib.models.unpack import plain_name
 from lib.prompts.tasks import Task
 from lib.runs.files import data_file, read_json, sha256_file
 from lib.runs.run import Run
-from lib.statistics.losses import retention_warning
+from lib.statistics.losses import advice_words, retention_warning
 
 # Which file goes into the package, and what the evidence says of that choice.
 
@@ -35,8 +36,9 @@ class ChosenFile:
         type: quantization type.
         source: the file.
         standing: RECOMMENDED, AGAINST, WITHOUT or NO_SIGN.
-        words: the same in sentences, for card and report.
+        words: the same in sentences, for the report.
         entry, reference: of comparison.json.
+        told: the words in the language of the card; empty = as they are.
     """
 
     type: str
@@ -45,45 +47,54 @@ class ChosenFile:
     words: str
     entry: Mapping[str, Any]
     reference: Mapping[str, Any]
+    told: str = ""
 
 
-def choose_file(run: Run, comparison: Mapping[str, Any], wanted: str | None) -> ChosenFile:
+def choose_file(
+    run: Run, comparison: Mapping[str, Any], wanted: str | None, other: Mapping[str, Any] | None = None
+) -> ChosenFile:
     """The file that the comparison recommends, or the one that the user asks for.
 
     Args:
         comparison: content of comparison.json.
         wanted: a type of the comparison; None = the recommended one; UNPROVEN.
+        other: its recommendation in the language of the card, where that is not English.
 
     Raises:
-        InputError: nothing is recommended and nothing was asked for; a type that was not compared.
+        InputError: nothing is recommended and nothing was asked for; a type that was not compared; a comparison by an
+            older version.
     """
     advice = comparison["recommendation"]
+    if "headline" not in advice:
+        raise refusal("compare/older-comparison")
     entries = {e["type"]: e for e in comparison["files"] if str(e.get("file", "")).endswith(".gguf")}
     unproven = advice.get("unproven") if wanted == UNPROVEN else None
     asked = advice["type"] or unproven if wanted in (None, UNPROVEN) else wanted
     if asked is None:
-        raise refusal("package/none-recommended", run=run, advice=advice, types=", ".join(entries))
+        raise refusal("package/none-recommended", run=run, advice=advice_words(advice), types=", ".join(entries))
     entry = next((entry for name, entry in entries.items() if name.lower() == asked.lower()), None)
     if entry is None:
         raise InputError(f"--type {wanted!r}.", f"a compared GGUF file: {', '.join(entries)}.", "name one of them.")
     standing, words = _standing(entry, advice)
     reference = entries[comparison["reference"]]
-    return ChosenFile(entry["type"], _source(run, entry["file"]), standing, words, entry, reference)
+    told = _standing(entry, {**other, "warning": retold(advice["warning"])}, retold)[1] if other else ""
+    return ChosenFile(entry["type"], _source(run, entry["file"]), standing, words, entry, reference, told)
 
 
-def _standing(entry: Mapping[str, Any], advice: Mapping[str, Any]) -> tuple[str, str]:
-    chosen = entry["type"]
+def _standing(entry: Mapping[str, Any], advice: Mapping[str, Any], tell: Callable[[str], str] = str) -> tuple[str, str]:
+    chosen, advised = entry["type"], advice_words(advice)
     if chosen == advice["type"]:
-        return RECOMMENDED, advice["text"]
-    own, warning = f"The verdict on this file: {entry['verdict']}.", retention_warning(entry)
-    if warning not in advice["text"]:  # where no file is recommended, the text warns of every one already
-        own += f" {warning}"
+        return RECOMMENDED, advised
+    own, warning = [tell(f"The verdict on this file: {entry['verdict']}.")], tell(retention_warning(entry))
+    if warning not in advice["warning"]:  # where no file is recommended, it is of every one already
+        own.append(warning)
     if advice["type"] is None:
         if chosen == advice.get("unproven"):
-            return NO_SIGN, f"{own} {advice['text']}"
-        return WITHOUT, f"{chosen} was chosen by the user; the evidence recommends no file. {own} {advice['text']}"
-    against = f"{chosen} was chosen by the user against the recommendation, which is {advice['type']}."
-    return AGAINST, f"{against} {own} {advice['text']}"
+            return NO_SIGN, sentences([*own, advised, advice["details"]])
+        why = tell(f"{chosen} was chosen by the user; the evidence recommends no file.")
+        return WITHOUT, sentences([why, *own, advised])
+    against = tell(f"{chosen} was chosen by the user against the recommendation, which is {advice['type']}.")
+    return AGAINST, sentences([against, *own, advised])
 
 
 def _source(run: Run, name: str) -> Path:
@@ -259,6 +270,7 @@ def gather(
         "evaluation": {"file": chosen.entry, "reference": chosen.reference},
         "conditions": comparison["conditions"],
         "bytes_read_per_token": _bytes_per_token(chosen.source),
+        "cache_bytes_per_token": _cache_per_token(header),
         "licences": licences(data, base, (run.folder / "merged" / "LICENSE").is_file()),
         "export_tree": tree or {},
         "page_rows": "",  # where the rows of the phone page come from; empty without the page
@@ -282,3 +294,14 @@ def _bytes_per_token(gguf: Path) -> int:
     sizes = {tensor.name: end - tensor.start for tensor, end in zip(tensors, ends, strict=True)}
     unread = sizes["token_embd.weight"] if "output.weight" in sizes else 0
     return sum(sizes.values()) - unread
+
+
+def _cache_per_token(header: Mapping[str, Any]) -> int:
+    """Bytes of keys and values that a token leaves in the cache, in 16 bits; of all layers, though some may look back
+    through a window only."""
+    own = {
+        key.partition(".")[2]: value for key, value in header.items() if key.startswith(header["general.architecture"])
+    }
+    heads, size = own["attention.head_count"], own["embedding_length"]
+    keys, values = (own.get(f"attention.{kind}_length", size // heads) for kind in ("key", "value"))
+    return 2 * own["block_count"] * own.get("attention.head_count_kv", heads) * (keys + values)

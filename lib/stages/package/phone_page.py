@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError, refusal
+from lib.language import words_of_phones
 from lib.runs.files import PROJECT, data_file, read_json, read_jsonl, sha256_file, sha256_json, utf8, write_json
 from lib.runs.run import Run
+from lib.scoring.word_lists import refuse_other_forms
 from lib.stages.package.documents import CHECKED_TOKENS, PackedModel
 
 if TYPE_CHECKING:
@@ -66,14 +68,13 @@ def read_rows(path: Path) -> Rows:
     """
     if not path.is_file():
         raise InputError(f"no file {path}.", "--rows with one text a line, or JSONL.", "check the path.")
-    lines = [
-        (number, line)
-        for number, line in enumerate(_LINE.split(utf8(path, path.read_bytes()).removeprefix("\ufeff")), 1)
-        if line.strip()
-    ]
+    text = utf8(path, path.read_bytes()).removeprefix("\ufeff")
+    lines = [(number, line) for number, line in enumerate(_LINE.split(text), 1) if line.strip()]
     if not lines:
         raise InputError(f"{path} holds no text.", 'one text a line, or JSONL with "text".', "check the file.")
     json_lines = path.suffix.lower() == ".jsonl"
+    if not json_lines:
+        refuse_other_forms(path, text)
     texts = [_text(path, number, line) if json_lines else line.strip() for number, line in lines]
     source = f"rows of {path.name}, which the user named"
     if len(texts) > MOST:
@@ -146,6 +147,7 @@ def request_web(run: Run, rows: Path | None) -> Rows:
 def web_parameters(rows: Rows) -> dict[str, Any]:
     """What decides whether the page has to be made again."""
     page = {path.name: sha256_file(path) for path in sorted(_PAGE.iterdir())}
+    page["words"] = sha256_json(words_of_phones())
     return {"web": {"wllama": library_version(), "rows": sha256_json(rows.texts), "page": sha256_json(page)}}
 
 
@@ -202,6 +204,7 @@ def write_web(wanted: Rows, packed: PackedModel, info: dict[str, Any]) -> str:
         "notes": facts.report["notes"],
     }
     write_json(web / "page.json", page)
+    write_json(web / "words.json", words_of_phones([source, *page["notes"]]))
     return source
 
 

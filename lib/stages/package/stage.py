@@ -7,17 +7,20 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError, refusal
+from lib.language import ENGLISH, language, translated_code
+from lib.models.loading import load_tokenizer
 from lib.progress import Progress
 from lib.prompts.tasks import read_task
 from lib.prompts.templates import read_turns
 from lib.runs.files import CHUNK, atomic_path, link_or_copy, read_json, require_space, writable, write_json, write_text
 from lib.runs.manifest import hash_folder
+from lib.runs.render import message_name
 from lib.runs.run import Product, ProductDraft, Run
 from lib.stages.package.documents import PackedModel, card, guide, model_info, modelfile, requirements
 from lib.stages.package.facts import ChosenFile, choose_file, gather
@@ -26,12 +29,16 @@ from lib.stages.package.phone_page import Rows, request_web, web_parameters, wri
 FORMATS = ("merged_model", "fp16", "int8", "int4", "gguf")
 """Folders of the export tree."""
 
-_EXPORTS = {"fp16": ("fp16",), "int8": ("int8",), "int4": ("nf4", "gptq")}
+EXPORTS = {"fp16": ("fp16",), "int8": ("int8",), "int4": ("nf4", "gptq")}
 """Formats of the product `exports` that may fill a folder, the first that was made."""
+Maker = Callable[[Run, Sequence[str]], None]
+"""Makes formats of the product `exports` that folders lack; another stage's work, which the caller brings."""
+Teller = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""The recommendation of a comparison in the language of this process; likewise."""
 
 SUMS, INFO, REPORT = "SHA256SUMS", "model_info.json", "export_report.json"
 _SCRIPTS = Path(__file__).with_name("scripts")
-_FORMAT = 4
+_FORMAT = 5
 """Raised when the package's content changes, so that an older one is made again."""
 _SECONDS = 900
 
@@ -60,6 +67,8 @@ def package(
     force: bool = False,
     web: bool = False,
     rows: Path | None = None,
+    export_lacking: Maker | None = None,
+    reworded: Teller | None = None,
 ) -> PackageResult:
     """Make the product `package`, or skip it when nothing changed, and pack it.
 
@@ -69,6 +78,8 @@ def package(
         output: folder for the zip; None = the run's.
         web: whether web/, the page for a phone's browser, is added; rows: texts that it checks itself by (see
             `lib.stages.package.phone_page.request_web`).
+        export_lacking: called with `formats` once nothing else is refused.
+        reworded: tells the recommendation in the language of this process, where that is not English.
 
     Raises:
         InputError: nothing is recommended and `wanted` is None; a missing product or format; an unfit chat template;
@@ -77,12 +88,16 @@ def package(
     """
     target = _zip_folder(run, output)
     comparison = read_json(run.require_current("comparison").path / "comparison.json")
-    chosen = choose_file(run, comparison, wanted)
+    other = reworded(comparison) if reworded and language() != ENGLISH else None
+    chosen = choose_file(run, comparison, wanted, other)
     request = request_web(run, rows) if web else None
     parameters = {"package_format": _FORMAT, "type": chosen.type, "formats": list(formats)}
+    parameters |= {"language": language()} if language() != ENGLISH else {}
+    if export_lacking:
+        export_lacking(run, formats)
     inputs = ["data", "gguf", "quantized", "comparison"]
     inputs += ["merged"] if "merged_model" in formats else []
-    inputs += ["exports"] if not _EXPORTS.keys().isdisjoint(formats) else []
+    inputs += ["exports"] if not EXPORTS.keys().isdisjoint(formats) else []
     product = run.produce(
         "package",
         lambda work: _build(run, work, chosen, comparison, formats, n_threads, request),
@@ -107,8 +122,6 @@ def _build(
     n_threads: int,
     request: Rows | None,
 ) -> None:
-    from lib.models.loading import load_tokenizer
-
     data = run.require("data").path
     task, tokenizer, folder = read_task(data), load_tokenizer(data / "tokenizer"), work.folder
     turns = read_turns(tokenizer, task.thinking)
@@ -125,11 +138,12 @@ def _build(
     for path in licences:  # of the base model, where it brought them
         shutil.copyfile(path, folder / path.name)
     write_text(folder / "README.md", card(facts, [path.name for path in licences]))
-    write_text(folder / "deployment_guide.md", guide(facts))
+    write_text(folder / "deployment_guide.md", guide(facts, turns, [check["prompt_ids"] for check in info["checks"]]))
     write_text(folder / "requirements.txt", requirements(facts))
     write_json(folder / REPORT, facts.report)
     for name in ("test_model.py", "usage_examples.py"):
-        shutil.copyfile(_SCRIPTS / name, folder / name)
+        text = (_SCRIPTS / name).read_text(encoding="utf-8")
+        write_text(folder / name, translated_code(text, message_name(_SCRIPTS / name)))
     lines = (f"{output['sha256']}  {name}\n" for name, output in hash_folder(folder).items() if name[0] != ".")
     write_text(folder / SUMS, "".join(lines))  # as sha256sum -c reads it
     _prove(folder)
@@ -188,12 +202,24 @@ def _linked_source(run: Run, name: str) -> tuple[Path, str]:
     if name == "merged_model":
         return run.require_current("merged").path, "the merged model, 16 bits or as the base"
     exports = run.require_current("exports").path
-    records = {record["format"]: record for record in read_json(exports / "exports.json")["made"]}
-    for kind in _EXPORTS[name]:
+    content = read_json(exports / "exports.json")
+    records = {record["format"]: record for record in content["made"]}
+    for kind in EXPORTS[name]:
         if kind in records:
             return exports / records[kind]["folder"], f"{kind}: {records[kind]['title']}"
-    made, wanted = ", ".join(records) or "of no format", _EXPORTS[name]
-    raise refusal("package/no-such-export", run=run, made=made, wanted=wanted, either=" or ".join(wanted), name=name)
+    made, either = ", ".join(records) or "of no format", " or ".join(EXPORTS[name])
+    skipped = "; ".join(f"{skip['format']}: {skip['reason']}" for skip in content["skipped"]) or "nothing was tried"
+    raise refusal("package/no-such-export", run=run, made=made, either=either, name=name, skipped=skipped)
+
+
+def lacking(run: Run, formats: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Folder of the tree → formats that would fill it, where none was made from the merged model of the run."""
+    try:
+        content = read_json(run.require_current("exports").path / "exports.json")
+    except InputError:  # absent, damaged, or of a former model
+        content = {"made": []}
+    made = {record["format"] for record in content["made"]}
+    return {name: EXPORTS[name] for name in formats if name in EXPORTS and made.isdisjoint(EXPORTS[name])}
 
 
 # A zip of the package: the same files give the same bytes, whenever it is made.

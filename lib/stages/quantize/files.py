@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError, refusal
-from lib.models.gguf_file import check_gguf
+from lib.models.gguf_file import check_gguf, read_metadata
+from lib.models.unpack_source import Keys
 from lib.progress import Progress
 from lib.runs.child import StoppedError, run_child
 from lib.runs.files import atomic_path, data_file, require_space, writable
@@ -35,9 +36,6 @@ FILE_TYPES: dict[str, int] = TABLES["file_types"]
 
 SOURCE_TENSOR_TYPES = frozenset({"f32", "f16", "bf16"})
 """Tensor types that may be quantized; anything else would be quantized a second time."""
-
-UNQUANTIZED = frozenset({"F32", "F16", "BF16"})
-"""Recipes that only change the number format."""
 
 _NANOSECONDS_ANY = 4.0
 """Time to read, widen and write one weight, whatever its type."""
@@ -243,6 +241,7 @@ def survey(
         raise refusal("runs/no-llama-cpp", problem=problem)
     argument = {"source": source, "types": list(types), "options": options or Options()}
     answer = run_child("lib.stages.quantize.quantizer:predict", argument, "predicting sizes")
+    Keys(read_metadata(source), source).require_numbers()
     return answer["predictions"], answer["source"]
 
 
@@ -292,20 +291,18 @@ def plan_files(
         InputError: as `predict_sizes`; a type that needs an importance matrix without one; a type named twice; an
             output that is the source or cannot be written.
     """
-    for name in types:
-        file_type(name)
     names, options = [*types, *beside], options or Options()
     if len(set(names)) != len(names):
         raise InputError(f"a type named twice: {' '.join(names)}.", "each type once.", "remove one of the two.")
     check_gguf(source)
     for name in names:
-        check_output(source, _output_path(source, output, name))
+        check_output(source, output_path(source, output, name))
     predictions = predict_sizes(source, types, options) if types else []
     require_matrix(predictions, options)
     return [PlannedFile(found, options) for found in predictions]
 
 
-def _output_path(source: Path, output: Path, name: str) -> Path:
+def output_path(source: Path, output: Path, name: str) -> Path:
     """Where the file of a type goes: `output` itself if it is no folder and ends with .gguf, else a file in it, named
     like the source without the type at its end."""
     if output.suffix == ".gguf" and not output.is_dir():
@@ -361,7 +358,7 @@ def make_files(
     """
     if not planned:
         return []
-    paths = {file.type: _output_path(source, output, file.type) for file in planned}
+    paths = {file.type: output_path(source, output, file.type) for file in planned}
     what = f"{len(planned)} quantized files" if len(planned) > 1 else paths[planned[0].type].name
     require_space(paths[planned[0].type].parent, sum(file.prediction["bytes"] for file in planned), what)
     (together, threads), stop, one = at_once(len(planned), n_threads), threading.Event(), threading.Lock()

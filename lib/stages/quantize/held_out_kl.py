@@ -23,9 +23,9 @@ from lib.runs.machine import available_memory, physical_cores
 from lib.runs.run import Product, ProductDraft, Run
 from lib.scoring import perplexity
 from lib.scoring.llama_backend import LlamaCppBackend
-from lib.settings import IMATRIX_TYPES, Settings
+from lib.settings import IMATRIX_TYPES, UNQUANTIZED, Settings
 from lib.stages.quantize.calibration import AUTO, row_answers, row_windows, run_options
-from lib.stages.quantize.files import UNQUANTIZED, QuantizationReport, QuantizeResult, quantize_files
+from lib.stages.quantize.files import QuantizationReport, QuantizeResult, quantize_files
 from lib.statistics.paired import clustered_bootstrap_t, holm, sign_flip_test
 
 VALUES = "held_out_kld.npz"

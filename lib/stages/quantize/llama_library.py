@@ -210,7 +210,8 @@ def read_header(path: Path, added: Mapping[str, str | int] | None = None) -> Hea
             raise unusable(path, what, f"types that llama.cpp quantizes from or to ({', '.join(TENSOR_TYPES)})")
         shape = info.shape[::-1] or (1,)
         tensors[info.name] = Tensor(shape, kind, row_bytes(kind, shape[0]) * math.prod(shape[1:]), info.start)
-    size, changed = found.size, {"general.quantization_version": 2, "general.file_type": 0}
+    left_out = sum(found.pairs.get(f"split.{key}", 0) for key in ("no", "count", "tensors.count"))
+    size, changed = found.size - left_out, {"general.quantization_version": 2, "general.file_type": 0}
     for key, value in {**(added or {}), **changed}.items():
         length = 8 + len(value.encode()) if isinstance(value, str) else 4
         size += 8 + len(key.encode()) + 4 + length - found.pairs.get(key, 0)

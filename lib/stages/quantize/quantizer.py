@@ -21,6 +21,7 @@ from lib.progress import Progress
 from lib.runs.child import peak_memory_mib
 from lib.runs.files import disk_error
 from lib.scoring.llama_backend import open_model
+from lib.settings import UNQUANTIZED
 from lib.stages.quantize import files, llama_library
 from lib.stages.quantize.files import Options, tensor_type
 from lib.stages.quantize.llama_library import Header, Imatrix, Log, Tensor, read_header
@@ -297,7 +298,7 @@ class Source:
 
     def _check_effect(self, recipe: str, tensors: Tensors, fallbacks: list[dict[str, Any]]) -> None:
         """Refuse options that would be without effect: llama.cpp passes over them in silence."""
-        if self.options.tensor_types and recipe in files.UNQUANTIZED:
+        if self.options.tensor_types and recipe in UNQUANTIZED:
             raise refusal("quantize/types-of-unquantized", recipe=recipe)
         asked, head = self.options.output_tensor_type, _head(self.tensors)
         if not asked or tensors[head].type == tensor_type(asked) or any(row["tensor"] == head for row in fallbacks):
@@ -339,7 +340,7 @@ def open_source(path: Path | str, options: Options) -> Source:
     """
     path, matrix = Path(path), llama_library.read_imatrix(options.imatrix)
     header = read_header(path, _header_keys(options, matrix))
-    if "split.no" in header.values:
+    if "split.no" in header.values and header.values.get("split.count") != 1:
         raise refusal("quantize/split-model", path=path)
     if header.values.get("general.type") == "imatrix":
         raise InputError(f"{path} is an importance matrix.", "a model.", "give it as --imatrix instead.")

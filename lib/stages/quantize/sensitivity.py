@@ -174,7 +174,7 @@ def _dtype(size: int) -> str:
     """
     free = available_memory()
     if 4.0 * size < free:
-        return "float32" if compute_dtype()[0] == "float32" and 5.5 * size < free else "bfloat16"
+        return "float32" if compute_dtype()[0] != "bfloat16" and 5.5 * size < free else "bfloat16"
     raise refusal("quantize/no-memory", free=free / 1e9, size=size / 1e9, need=4 * size / 1e9)
 
 

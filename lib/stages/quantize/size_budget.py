@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import refusal
-from lib.models.gguf_file import check_gguf, run_gguf
+from lib.models.gguf_file import run_gguf
 from lib.runs.child import run_child
 from lib.runs.run import ProductDraft, Run
 from lib.scoring.measure import Text
@@ -319,7 +319,6 @@ def mix_for_budget(source: Path, budget: Budget, matrix: Path | None, scratch: P
         InputError: an impossible budget (before the work), a folder that is quantized or holds another model, a text
             that does not fill a window, too little memory or room.
     """
-    check_gguf(source)
     chosen, answers = _texts(budget)
     request = MixRequest(budget.bytes, source, matrix, chosen.dataset, budget.answer_weight if answers else 0.0)
     require_possible(request)

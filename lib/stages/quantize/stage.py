@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError, refusal
-from lib.models.gguf_file import run_gguf
+from lib.models.base_model import base_of
+from lib.models.gguf_file import read_metadata, run_gguf
 from lib.runs.child import run_child
-from lib.runs.files import link_or_copy, read_json, remove_abandoned, render, sha256_file, write_json
+from lib.runs.files import link_or_copy, read_json, remove_abandoned, sha256_file, write_json
 from lib.runs.manifest import versions
+from lib.runs.render import render
 from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import GRID_SIZABLE, NF4, Settings
 from lib.stages.quantize import files
@@ -45,7 +47,7 @@ def plan(settings: Settings, run: Run) -> list[dict[str, Any]]:
         rows = read_json(run.folder / "quantized" / _SUMMARY)["files"]
         predicted = [{**row, "bytes": row["predicted_bytes"]} for row in rows if not row["mix"]]
     else:
-        predicted, _ = files.survey(run_gguf(run), settings.ladder, options)
+        predicted, _ = files.survey(run_gguf(run), _types(settings, run), options)
         files.require_matrix(predicted, options)
     return [*predicted, mix.prediction] if mix else predicted
 
@@ -81,6 +83,19 @@ def _request(settings: Settings, options: Options) -> tuple[dict[str, Any], tupl
     return parameters, ("gguf", "sensitivity") if budget else ("gguf",)
 
 
+def _types(settings: Settings, run: Run) -> list[str]:
+    """The types of the ladder that are to be made: the converted file is there already, the first row of every table.
+
+    Raises:
+        InputError: there is nothing else in the ladder, and no size budget.
+    """
+    source = files.name_of(read_metadata(run_gguf(run)).get("general.file_type"))
+    types = [name for name in settings.ladder if name != source]
+    if not types and not settings.size_budget:
+        raise refusal("quantize/only-source", source=source)
+    return types
+
+
 def _identity(options: Options) -> dict[str, Any]:
     """What of the options decides about the bytes of the files: the importance matrix by its content and its name."""
     given = {**vars(options), "imatrix": matrix_identity(options.imatrix)}
@@ -90,7 +105,7 @@ def _identity(options: Options) -> dict[str, Any]:
 def _build(settings: Settings, options: Options, mix: PlannedFile | None, run: Run, work: ProductDraft) -> None:
     source, identity = run_gguf(run), _identity(options)
     remove_abandoned(work.folder)
-    predicted, description = files.survey(source, settings.ladder, options)
+    predicted, description = files.survey(source, _types(settings, run), options)
     files.require_matrix(predicted, options)
     planned = [PlannedFile(found, options) for found in predicted] + ([mix] if mix else [])
     rows = {} if settings.force else _finished(run, work, identity)
@@ -119,6 +134,8 @@ def _build(settings: Settings, options: Options, mix: PlannedFile | None, run: R
         bits = round(row["bits_per_weight"], 3)
         work.metrics[row["type"]] = {"bytes": row["bytes"], "bits_per_weight": bits, "seconds": row["seconds"]}
     work.notes += _fallback_note(ordered)
+    if description["type"] in settings.ladder:
+        work.notes.append(_note("source", source=description["type"]))
 
 
 def _finished(run: Run, work: ProductDraft, identity: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -287,9 +304,9 @@ class SourceGrid:
         return [*self.types, *(name for name, parts in files if self.share(parts) >= GRID_SIZABLE)]
 
 
-def stamp(grid: SourceGrid) -> str:
+def stamp(grid: SourceGrid, trained: bool = True) -> str:
     """What every page of the run must say; empty for weights on no grid."""
-    return _note("grid", grid=grid, few=FEW_VALUES)
+    return _note("grid", grid=grid, few=FEW_VALUES, trained=trained)
 
 
 @dataclass(frozen=True)
@@ -340,7 +357,7 @@ def source_grid(settings: Settings, run: Run, force: bool | None = None) -> Sour
         argument = {"base": base, "source": source, "imatrix": matrix}
         found = _compared("measure_grid", argument, "grid of the base's weights")
         grid = _grid(None, found)
-        work.notes += [words] if (words := stamp(grid)) else []
+        work.notes += [words] if (words := stamp(grid, not run.untrained)) else []
         work.metrics |= {kind: round(share, 4) for kind, share in grid.types.items()}
         return found
 
@@ -363,6 +380,8 @@ def retention(settings: Settings, run: Run, result: QuantizeResult) -> Retention
     Raises:
         InputError: a base that does not belong to the GGUF, a damaged file.
     """
+    if run.untrained:
+        return Retention(None, reason=_note("untuned"))
     grid = source_grid(settings, run, force=False)
     if grid.product is None:
         return Retention(None, reason=grid.reason)
@@ -401,7 +420,6 @@ def _measured_on_base(
     Raises:
         _NoBaseError: see there.
     """
-    from lib.models.base_model import base_of
 
     def content(work: ProductDraft) -> dict[str, Any]:
         try:

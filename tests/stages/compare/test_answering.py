@@ -48,12 +48,15 @@ def test_words_and_figures(entries: list[dict]) -> None:
 def test_the_smallest_good_enough_file_is_recommended(entries: list[dict]) -> None:
     found = recommend(ANSWER_PERPLEXITY, entries[0], entries[1:], 1.0, 500.0)
     assert (found["type"], found["reason"], found["ended_by"]) == ("Q4_K_M", "good enough", "Q2_K")
-    assert "31 % of F16" in found["text"] and "on the 40 leak-free rows answer perplexity +" in found["text"]
-    assert "Worse than F16: Q2_K (answer perplexity +2" in found["text"]
+    assert "31 % of F16" in found["headline"] and "on the 40 leak-free rows answer perplexity +" in found["details"]
+    assert "Worse than F16: Q2_K (answer perplexity +2" in found["details"] and "Worse: Q2_K." in found["text"]
 
 
 def test_nothing_is_recommended_without_evidence(entries: list[dict]) -> None:
     found = recommend(ANSWER_PERPLEXITY, entries[0], entries[4:], 1.0, None)
-    assert (found["type"], found["reason"]) == (None, "not shown") and "Not shown: noisy" in found["text"]
+    assert (found["type"], found["reason"]) == (None, "not shown") and "Not shown: noisy" in found["details"]
+    assert "noisy, 2.00 MB, could raise answer perplexity" in found["text"], "what few labels show at best is not meant"
     found = recommend(ANSWER_PERPLEXITY, entries[0], entries[1:], 1.0, entries[0]["answer_ppl"])
-    assert (found["type"], found["reason"]) == (None, "unlearned") and "Train the model first" in found["text"]
+    assert (found["type"], found["reason"]) == (None, "unlearned") and "Train longer, or on more rows" in found["text"]
+    found = recommend(ANSWER_PERPLEXITY, entries[0], entries[1:], 1.0, entries[0]["answer_ppl"], trained=False)
+    assert found["reason"] == "unlearned" and "Train" not in found["text"] and "Nothing was trained" in found["text"]

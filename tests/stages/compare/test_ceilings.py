@@ -30,8 +30,10 @@ def test_every_weight_once_but_one_row_of_a_separate_embedding(tied: bool, tmp_p
 
 def test_bandwidth_divided_by_bytes() -> None:
     assert [round(memory.bandwidth / 1e9, 1) for memory in MEMORIES] == [17.1, 51.2, 76.8]
-    files = [{"type": "Q4_K_M", "read_bytes": 400_000_000}, {"type": "nf4", "read_bytes": None}]
+    small = {"type": "Q2_K", "read_bytes": 1_000_000}
+    files = [{"type": "Q4_K_M", "read_bytes": 400_000_000}, {"type": "nf4", "read_bytes": None}, small]
     (limit,) = ceilings(files)
     assert limit["tokens_per_second"][MEMORIES[1].name] == pytest.approx(128)
+    assert "caches" in shown([]).data
     table = shown([limit]).data
     assert "read a token, MB" in table and "≤ tokens/s, LPDDR5-6400" in table and ">128<" in table

@@ -56,6 +56,13 @@ def test_comparison_json(compared: tuple[dict, Path]) -> None:
     assert result["data"] == {"source": "rows", "rows": 40, "leak_free_rows": 30}
     assert result["conditions"]["window_tokens"] == 128 and result["notes"] == []
     assert result["recommendation"]["text"]
+    for one in result["files"]:
+        counts = one["confusion"]
+        assert sum(map(sum, counts)) == 40
+        assert (counts[0][0] + counts[1][1]) / 40 == pytest.approx(one["accuracy"])
+        for place, scores in enumerate(one["per_class"].values()):
+            assert scores["support"] == sum(counts[place])
+            assert scores["recall"] == pytest.approx(counts[place][place] / scores["support"])
 
 
 def test_the_reference_against_itself(compared: tuple[dict, Path]) -> None:
@@ -151,7 +158,7 @@ def test_held_out_text_begins_with_leak_free_rows(ladder: Ladder) -> None:
 def test_short_text_gets_a_smaller_window(ladder: Ladder) -> None:
     work = encode_rows(ladder.tokenizer, ladder.task, ladder.rows, 4096, 8192)
     assert len(work.windows[0]) < 4096 and "4096" in work.notes[0]
-    with pytest.raises(InputError, match="held-out text"):
+    with pytest.raises(InputError, match=r"held-out text.* window of 64 tokens.*give more or longer rows"):
         encode_rows(ladder.tokenizer, ladder.task, ladder.rows[:1], 512, 8192)
 
 

@@ -13,6 +13,7 @@ from lib.scoring.metric import ACCURACY, ANSWER_PERPLEXITY
 from lib.stages.compare.changes import BaseScores, Retentions, base_scores, other_model, retentions, with_retention
 from lib.stages.compare.files import Comparison, compare_files
 from lib.statistics.intervals import Interval
+from lib.statistics.losses import advice_words
 from tests.stages.compare.conftest import Ladder
 
 pytestmark = pytest.mark.usefixtures("forked_children")
@@ -157,14 +158,16 @@ def test_the_answer_warns_and_is_filled_in_anew() -> None:
     slopes = {"Q5_K_M": Interval(0.3, 0.2, 0.4), "Q8_0": Interval(0.97, 0.9, 1.02)}
     files = [{"type": name, "kind": "gguf", "file": f"m-{name}.gguf"} for name in ("F16", *slopes)]
     for chosen, named in (("Q5_K_M", 1), ("Q8_0", 0), (None, 1)):
-        content = {"reference": "F16", "files": files, "recommendation": {"type": chosen, "text": "Recommended."}}
+        advice = {"type": chosen, "headline": "Take it.", "text": "Sure."}
+        content = {"reference": "F16", "files": files, "recommendation": advice}
         found = with_retention(content, Retentions(slopes, "A note."), {"m-Q8_0.gguf": 0.75})
-        text = found["recommendation"]["text"]
-        assert text.startswith("Recommended.") and text.count("Q5_K_M keeps only 0.30") == named
+        assert found["recommendation"]["warning"].count("Q5_K_M keeps only 0.30") == named
+        said = advice_words(found["recommendation"])
+        assert said.startswith("Take it. Sure.") and said.count("Q5_K_M keeps only 0.30") == named
         assert [e["retention"] for e in found["files"]] == [1.0, 0.3, 0.97] and found["retention_note"] == "A note."
         assert [e["source_grid"] for e in found["files"]] == [None, None, 0.75]
         gone = with_retention(found, Retentions(), {})
-        assert gone["recommendation"]["text"] == "Recommended." and gone["files"][1]["retention"] is None
+        assert advice_words(gone["recommendation"]) == "Take it. Sure." and gone["files"][1]["retention"] is None
 
 
 def test_scores_of_another_model_than_the_gguf(run: Run, odds: dict[str, np.ndarray]) -> None:

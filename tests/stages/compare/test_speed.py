@@ -8,7 +8,7 @@ import pytest
 
 from lib.report.display import rows_of
 from lib.report.sentences import sentence
-from lib.stages.compare.speed import LOADS, rates, repeat
+from lib.stages.compare.speed import LOADS, _number, rates, repeat
 
 
 def clock(times: list[float]) -> Callable[[], float]:
@@ -57,3 +57,8 @@ def test_the_page_says_how_often() -> None:
     assert "Measured once: ms a row" in caption and "peak memory" in caption
     (row, _) = rows_of("compare.speeds", [first, second])
     assert row["load"] == 0.5 and row["load_range"] == "0.25 – 1"
+
+
+@pytest.mark.parametrize(("value", "number"), [("12", 12), (7, 7), ("9" * 5000, None), ("²", None), ("-1", None)])
+def test_a_number_of_the_header_may_be_a_text(value: object, number: int | None) -> None:
+    assert _number(value) == number

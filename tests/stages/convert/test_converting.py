@@ -456,6 +456,22 @@ def test_damaged_model_card(copy: Path, tmp_path: Path) -> None:
     refused(copy, tmp_path, r"README\.md")
 
 
+def test_a_card_whose_aliases_never_end_is_refused(copy: Path, tmp_path: Path) -> None:
+    levels = [f"a{i}: &a{i}\n  <<: [" + ", ".join([f"*a{i - 1}"] * 9) + "]\n" for i in range(1, 12)]
+    keys = ", ".join(f"k{i}: 1" for i in range(10))
+    (copy / "README.md").write_text("---\na0: &a0 {" + keys + "}\n" + "".join(levels) + "---\n")
+    refused(copy, tmp_path, "more than 8 aliases")
+
+
+@pytest.mark.parametrize(
+    "odd", [{"model": None}, {"model": []}, {"added_tokens": [{"id": -5, "content": "<|endoftext|>", "special": True}]}]
+)
+def test_a_tokenizer_of_odd_values_is_refused(copy: Path, tmp_path: Path, odd: dict) -> None:
+    path = copy / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **odd}), encoding="utf-8")
+    refused(copy, tmp_path, "the tokenizer in")
+
+
 def tokenizer_of(folder: Path) -> Tokenizer:
     stored, settings = (json.loads((folder / f"{name}.json").read_text()) for name in ("tokenizer", "tokenizer_config"))
     return read_tokenizer(folder, stored, settings)
@@ -630,3 +646,9 @@ def test_an_output_that_is_there_is_no_input_that_is_not_yet(tmp_path: Path) -> 
     check_output(tmp_path / "out.gguf", SimpleNamespace(files=[tmp_path / "not-yet.safetensors"]), "f16")
     with pytest.raises(InputError, match="is an input file"):
         check_output(tmp_path / "out.gguf", SimpleNamespace(files=[tmp_path / "out.gguf"]), "f16")
+
+
+@pytest.mark.parametrize("given", ["null", '"BPE"', "[]"])
+def test_a_tokenizer_whose_model_is_no_object(given: str, copy: Path, tmp_path: Path) -> None:
+    (copy / "tokenizer.json").write_text(f'{{"version": "1.0", "added_tokens": [], "model": {given}}}')
+    refused(copy, tmp_path, "model is no object")

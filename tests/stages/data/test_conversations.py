@@ -339,3 +339,28 @@ def test_smile_dialogues(home: Path, shared_data: Path) -> None:
         for row in result.rows(name):
             openings.setdefault(row["messages"][1]["content"], set()).add(name)
     assert all(len(names) == 1 for names in openings.values())
+
+
+def test_reference_answers_of_another_form_stop_the_run_before_it_trains(home: Path) -> None:
+    rows = [
+        {"instruction": "找出实体", "input": sentence(random.Random(i)), "output": '[{"type": "人", "text": "李明"}]'}
+        for i in range(60)
+    ]
+    given = {"task": "instruction", "answer_metric": "entity_f1"}
+    prepare(settings(write(home / "d.jsonl", rows), **given), open_run("t"))
+    rows[7]["output"] = "人：李明"
+    with pytest.raises(InputError, match=r"entity_f1, and 1 of 60 reference answers that list no entities.*人：李明"):
+        prepare(settings(write(home / "d.jsonl", rows), **given), open_run("t"))
+    prepare(settings(write(home / "d.jsonl", rows), task="instruction"), open_run("t"))
+
+
+@pytest.mark.parametrize("name", ["sample-ner", "sample-qa"])
+def test_the_corpora_with_answers_are_prepared(name: str, home: Path) -> None:
+    given = {"task": "instruction", "max_train_rows": 300, "base_model": "offline"}
+    result = prepare(settings(Path(name), **given), open_run("t"))
+    facts = result.product.entry.facts
+    assert facts["sample_data"] and facts["dataset"]["source"] == name and name in facts["source"]
+    assert open_run("t").stamps() == ["offline base model, sample data: not a result about Qwen or real text"]
+    test = result.rows("test")
+    assert sum(row["leaked"] for row in test) < 0.1 * len(test), "made-up rows that are hardly copies of one another"
+    assert len({row["group"] for row in test}) > 0.8 * len(test)

@@ -42,6 +42,21 @@ def read_csv(text: str, tabs: bool = False) -> tuple[dict[str, list[str]], list[
             {"label": ["0", "1"], "text": ["a, b", "c"]},
             "spaces between a separator",
         ),
+        *(
+            (f",text,label\n{a},a,1\n{b},b,0\n", {"text": ["a", "b"], "label": ["1", "0"]}, "index columns")
+            for a, b in (("0", "0"), ("0.0", "1.0"), ("-1", "-2"), ("2024-01-01", "2024-01-02 03:04:05"), ("7", ""))
+        ),
+        *(
+            (text, {"text": ["a", "b"], "label": ["1", "0"]}, "empty c")
+            for text in ("text,label,,\na,1,,\nb,0,,\n", "text,label\na,1,,\nb,0,,\n", ",text,label\n,a,1\n,b,0\n")
+        ),
+        ("text,,label\na,,1\nb,,0\n", {"text": ["a", "b"], "label": ["1", "0"]}, "empty cells"),
+        (
+            ",text,label\ntrain,a,1\ntest,b,0\n",
+            {"(index) 1": ["train", "test"], "text": ["a", "b"], "label": ["1", "0"]},
+            "",
+        ),
+        *((f"{mark}text;label\na,b;1\n", {"text": ["a,b"], "label": ["1"]}, "") for mark in ("sep=;\n", '"sep=;"\n')),
         ("text,label\n\nnull,007\n\n", {"text": ["null"], "label": ["007"]}, ""),
     ],
 )
@@ -65,8 +80,9 @@ def test_what_programs_write_is_read(text: str, columns: dict[str, list[str]], n
         ("text，label\na，1\n", "full-width commas"),
         ("a,,b\n1,2,3\n", "one distinct name a column"),
         ("text,text\na,b\n", "one distinct name a column"),
-        (",,text,label\n0,x,a,1\n0,y,b,0\n", "one distinct name a column"),
-        (",text,label\nx,a,1\nx,b,0\n", "one distinct name a column"),
+        ("text,,label\na,x,1\nb,,0\n", "one distinct name a column"),
+        ("text,label,\na,1,\nb,0,x\n", "one distinct name a column"),
+        (",\na,b\n", "one distinct name a column"),
     ],
 )
 def test_what_would_be_a_guess_is_refused_with_its_line(text: str, said: str) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
 
 from lib.errors import InputError
 from lib.runs.run import open_run
-from lib.settings import check
+from lib.settings import check, load
 from lib.stages.data.cleaning import clean_split
 from lib.stages.data.reading import HOTELS_SHA256, HOTELS_STAMP, choose_data, read_table
 from lib.stages.data.stage import prepare
 from tests.support.hub_fixture import hub  # noqa: F401
 from tests.support.hub_server import Hub
+from tests.test_settings import PROJECT
 
 HEAD = "text,label\n"
 
@@ -197,6 +199,32 @@ def test_the_hotel_set_never_passes_for_chnsenticorp(hub: Hub, shared_data: Path
     chosen = choose_data(settings(dataset="gone/ChnSentiCorp", fallbacks=[entry]))
     assert "ChnSentiCorp_htl_all" in chosen.notes[0] and chosen.notes[1] == HOTELS_STAMP
     assert not read_table(str(shared_data / "chnsenticorp")).is_hotels
+
+
+def test_chnsenticorp_by_hand_is_told_and_taken(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chain of the shipped profiles: hub, ModelScope, files by hand, and last the sample, which is stamped."""
+    shipped = load(PROJECT / "params" / "chnsenticorp-qwen3-0.6b.yaml")
+    monkeypatch.chdir(tmp_path)
+    chain = [entry for entry in shipped.fallbacks if "dataset" in entry]
+    assert [entry["dataset"] for entry in chain] == ["modelscope:seamew/ChnSentiCorp", "./data/chnsenticorp", "sample"]
+    where = "github.com/ymcui/Chinese-BERT-wwm.*ChnSentiCorp_htl_all .*another data set"
+    with pytest.raises(InputError, match=f"'lansinuote/ChnSentiCorp'.*Do this: .*{where}"):
+        choose_data(settings(dataset=shipped.dataset))
+    chosen = choose_data(settings(dataset=shipped.dataset, fallbacks=chain))
+    assert chosen.asked == "sample" and "sample was used instead" in chosen.notes[0]
+    assert re.search(where, chosen.notes[1])
+    by_hand = tmp_path / "data" / "chnsenticorp"
+    by_hand.mkdir(parents=True)
+    for name, rows in (("train", 9600), ("dev", 1200), ("test", 1200)):
+        (by_hand / f"{name}.tsv").write_text("label\ttext_a\n" + "1\t好\n" * rows, encoding="utf-8")
+    chosen = choose_data(settings(dataset=shipped.dataset, fallbacks=chain))
+    assert (chosen.asked, chosen.rows, len(chosen.notes)) == ("./data/chnsenticorp", 12000, 1)
+    (by_hand / "test.tsv").write_text("label\ttext_a\n1\t好\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"10,801 rows.*12,000 rows"):
+        choose_data(settings(dataset=shipped.dataset, fallbacks=chain))
+    with pytest.raises(InputError) as caught:
+        choose_data(settings(dataset="./none/ChnSentiCorp_htl_all.csv"))
+    assert "ymcui" not in str(caught.value), "somebody who means the other one"
 
 
 @pytest.mark.parametrize("place", ["", "modelscope:"])

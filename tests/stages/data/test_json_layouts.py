@@ -31,7 +31,9 @@ def test_every_layout_of_pandas_is_read(orient: Any, indent: int | None) -> None
 def test_rows_with_names_are_told_by_the_names_of_columns(orient: Any, names: str) -> None:
     frame = FRAME.set_axis([f"{names}{3 * i}" for i in range(12)])
     found = other_layout(FILE, frame.to_json(orient=orient), {"text", "label"})
-    assert found is not None and found[0] == ROWS and orient in found[1]
+    assert found is not None and orient in found[1]
+    assert [row.pop("(index) 1", "") for row in found[0]] == ([*frame.index] if names else [""] * 12)
+    assert found[0] == ROWS
 
 
 @pytest.mark.parametrize(
@@ -127,3 +129,43 @@ def test_an_answer_of_the_viewer_is_named() -> None:
     said = {"features": [], "rows": [{"row_idx": 0, "row": ROWS[0], "truncated_cells": []}], "num_rows_total": 900}
     with pytest.raises(InputError, match=r"viewer.*set dataset to its hub id"):
         other_layout(FILE, json.dumps(said))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"features": {"label": {"names": ["positive", "negative"], "_type": "ClassLabel"}}},
+        {"info": {"labels": ["positive", "negative"]}},
+        {"categories": [{"id": 0, "name": "positive"}, {"id": 1, "name": "negative"}]},
+    ],
+    ids=lambda told: next(iter(told)),
+)
+def test_what_an_object_says_of_classes_beside_its_rows_is_heeded(tmp_path: Path, told: dict[str, Any]) -> None:
+    """The advice to write the rows into a file of their own would turn every label round."""
+    from lib.stages.data.stage import rows_from_file
+
+    rows = [{"text": f"text number {i} is here", "label": i % 2} for i in range(8)]
+    (tmp_path / "rows.json").write_text(json.dumps({**told, "data": rows}), encoding="utf-8")
+    found, _ = rows_from_file(str(tmp_path / "rows.json"), ["negative", "positive"], "", "")
+    assert [row["label"] for row in found] == [1, 0] * 4
+
+
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [
+        ({"code": 0, "msg": "ok", "data": {"total": 12, "items": ROWS}}, "data.items"),
+        ({"hits": {"total": {"value": 12}, "hits": [{"_source": row} for row in ROWS]}}, "hits.hits"),
+        ({"data": {"example": ROWS}}, "data.example"),
+    ],
+)
+def test_rows_inside_objects_are_found_and_the_advice_reads_them(value: Any, where: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"12 objects lie under {where}") as caught:
+        other_layout(FILE, json.dumps(value))
+    inside = caught.value.do.partition('open("rows.json"))')[2].partition(",")[0]
+    assert len(eval(f"value{inside}", {"value": value})) == 12
+
+
+def test_a_single_conversation_or_row_is_no_nested_list() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for value in ({"id": 1, "meta": {"turns": turns}, "text": "a"}, {"text": "a", "label": 1, "info": {"by": "me"}}):
+        assert other_layout(FILE, json.dumps(value)) is None

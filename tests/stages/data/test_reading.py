@@ -271,6 +271,12 @@ def test_files_that_are_not_read_are_said(home: Path, tmp_path: Path) -> None:
         ("type", ["train", "bus", "ship"], {"all": 6}),
         ("train", [1, 0], {"all": 6}),
         ("is_valid", [1, 0], {"all": 6}),
+        ("is_deleted", [1, 0], {"all": 6}),
+        ("isVerified", ["yes", "no"], {"all": 6}),
+        ("ISBN", ["978-7-02", "978-7-03"], {"all": 6}),
+        ("issue", ["noise", "price", None], {"all": 6}),
+        ("是否入住", ["是", "否"], {"all": 6}),
+        ("is_test", ["a", "b"], None),
         ("is_test", [0, 0], {"all": 6}),
         ("is_test", [0, 1, 2], None),
         ("fold", [1, 2, 3], {"all": 6}),
@@ -343,3 +349,35 @@ def test_rows_of_another_split_than_their_file_are_refused(tmp_path: Path, file:
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     with pytest.raises(InputError, match="2 rows among those of") if refused else contextlib.nullcontext():
         assert list(read_table(str(tmp_path)).splits) == ["train", "test"]
+
+
+@pytest.mark.parametrize("form", ["parquet", "csv", "split", "table", "named", "one level"])
+def test_an_index_of_words_is_a_column_like_others(tmp_path: Path, form: str) -> None:
+    import pandas as pd
+
+    rows = [
+        pd.DataFrame({"text": [f"第{i}间房" for i in range(n)], "label": [i % 2 for i in range(n)]}) for n in (6, 4)
+    ]
+    frame = pd.concat(rows, keys=["train", "test"])
+    path = tmp_path / (
+        "x.json" if form in ("split", "table", "named") else f"x.{'csv' if form == 'csv' else 'parquet'}"
+    )
+    if form == "one level":
+        frame.index = frame.index.get_level_values(0)
+    if form == "named":
+        frame = frame.rename_axis(["split", "n"])
+    if path.suffix == ".json":
+        frame.to_json(path, orient="split" if form == "split" else "table", force_ascii=False)
+    else:
+        frame.to_csv(path) if path.suffix == ".csv" else frame.to_parquet(path)
+    splits = read_table(str(path)).splits
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 6, "test": 4}
+    assert splits["train"][0].keys() == {"text", "label"}
+
+
+@pytest.mark.parametrize("more", ["train-00000-of-00001-0123456789abcdef", "train-00000-of-00002 train-00001-of-00002"])
+def test_parts_of_two_writings_are_refused(tmp_path: Path, more: str) -> None:
+    for name in ("train-00000-of-00001", *more.split(), "test-00000-of-00001"):
+        (tmp_path / f"{name}.csv").write_text("text,label\na,0\nb,1\n")
+    with pytest.raises(InputError, match="parts twice, or of two tables: train-00000-of-00001"):
+        read_table(str(tmp_path))

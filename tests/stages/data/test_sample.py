@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
@@ -88,3 +89,30 @@ def test_every_aspect_has_words_that_can_be_negated():
         for noun, (good, bad) in domain["aspects"].items():
             assert sample.short(good) and sample.short(bad), noun
             assert not set(good) & set(bad), noun
+
+
+ANSWERED = {
+    "sample-ner": "b9dc60feb19bc19f4122b0065e9cb4a728b79cac5559391f3b7e40b6b4431dff",
+    "sample-qa": "385968dfc5a67331a9e9cb231229306611cf80022f5f32a2b8816c3e3f4fcd43",
+}
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_the_corpora_with_answers(name):
+    splits = sample.CORPORA[name]()
+    assert {split: len(rows) for split, rows in splits.items()} == sample.ANSWERED_SIZES
+    assert sha256_json(splits) == ANSWERED[name], "a change must raise sample.VERSION"
+    rows = [row for split in splits.values() for row in split]
+    assert len({row["input"] for row in rows}) == len(rows)
+    empty = 0
+    for row in rows:
+        if name == "sample-qa":
+            text, _, question = row["input"].partition("\n问题：")
+            assert row["output"] in text and question.endswith("？") and row["output"] not in question
+            continue
+        given, at = json.loads(row["output"]), 0
+        empty += not given
+        for entity in given:  # in the order of the sentence
+            at = row["input"].index(entity["text"], at) + len(entity["text"])
+            assert entity["type"] in ("人物", "地点", "机构")
+    assert name == "sample-qa" or 0.02 < empty / len(rows) < 0.2

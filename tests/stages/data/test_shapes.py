@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,11 @@ _NAMED = "{class_label: {names: {'0': positive, '1': negative}}}"
         ("config.json", '{"model_type": "x", "id2label": {"0": "positive", "1": "negative"}}'),
         ("labels.yaml", "0: positive\n1: negative\n"),
         ("labels.yml", "names: [positive, negative]\n"),
+        ("classes.names", "positive\nnegative\n"),
+        ("data.yaml", "names: [positive, negative]\n"),
+        ("args.yaml", "lr: 1\nlabel_names: [positive, negative]\n"),
+        ("README.rst", "Labels: 0 = positive, 1 = negative.\n"),
+        ("datasheet.md", "Labels: 0 = positive, 1 = negative.\n"),
         ("meta.json", '{"task": {"label_names": ["positive", "negative"]}, "authors": ["Li", "Wu"]}'),
         ("metadata.yaml", "classes: {positive: 0, negative: 1}\n"),
         ("info.json", '{"labels": [{"id": 0, "name": "positive"}, {"id": 1, "name": "negative"}]}'),
@@ -161,6 +167,21 @@ def test_a_list_of_classes_is_of_the_labels_whatever_they_are_called(tmp_path: P
         ("README.md", _CARD.format(f"dtype: {_NAMED}").replace("dataset_info", "x: &a [1]\ny: *a\ndataset_info")),
         ("README.md", _CARD.format("dtype: {class_label: : [")),
         ("labels.json", '{"what": "ever"}'),
+        *((name, "?") for name in ("labels.pbtxt", "label_names.npy", "metadata.jsonl")),
+        ("schema.json", '{"fields": [{"name": "label", "enum": ["positive", "negative"]}]}'),
+        ("names.txt", "张三\n李四\n"),
+        ("column_names.txt", "text\nlabel\n"),
+        ("class.txt", "一班\n二班\n三班\n"),
+        ("categories.json", '["酒店", "外卖", "电影"]'),
+        ("label_data.csv", "label,text\n" + "".join(f"{i % 2},第{i}条\n" for i in range(30))),
+        *(
+            ("README.md", f"---\nlicense: {odd}\n---")
+            for odd in ("!!bool foo", "!!int ''", "!!float ''", "!!timestamp foo")
+        ),
+        ("labels.yaml", "!!bool foo"),
+        ("label_names.yml", "x: !!timestamp foo"),
+        ("../labels.txt", "positive\nnegative\n"),
+        ("../label_map.json", '{"positive": 0, "negative": 1}'),
         ("train_labels.csv", "1\n0\n"),
         ("config.json", '{"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}'),
         ("README.md", "The label is 0 or 1."),
@@ -172,9 +193,10 @@ def test_a_list_of_classes_is_of_the_labels_whatever_they_are_called(tmp_path: P
     ],
 )
 def test_what_says_no_classes_beside_data_is_named(tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_text(text)
-    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, REVIEWS)))
-    labels, counts = _labelled(tmp_path / "r.jsonl", ["负面", "正面"])
+    (data := tmp_path / "data").mkdir()
+    (data / name).write_text(text)
+    (data / "r.jsonl").write_text("\n".join(map(json.dumps, REVIEWS)))
+    labels, counts = _labelled(data / "r.jsonl", ["负面", "正面"])
     assert labels == [0, 1] * 3
     assert [why for why in counts if why.startswith("not used: ") and name in why]
 
@@ -762,6 +784,24 @@ def test_the_first_sheet_that_is_seen_is_read(tmp_path: Path) -> None:
         "dropped: empty text": 1,
         "records over several lines (the longest: lines 3 to 4)": 1,
     }
+
+
+def test_formulas_of_a_sheet_without_their_values_are_counted(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl", reason="openpyxl is not installed")
+    book = openpyxl.Workbook()
+    for row in (["text", "label"], ["好", 1], ['="很" & A2', 0], ["差", "=1-B2"]):
+        book.active.append(row)
+    book.save(tmp_path / "t.xlsx")  # as pandas and openpyxl write them; Excel stores the values beside the formulas
+    rows, counts = _rows(tmp_path / "t.xlsx", ["负面", "正面"])
+    assert rows == [("好", 1)] and counts["cells with a formula whose value the file does not hold, read as empty"] == 2
+
+
+def test_a_sheet_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("openpyxl", reason="openpyxl is not installed")
+    with zipfile.ZipFile(tmp_path / "t.xlsx", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("xl/worksheets/sheet1.xml", b" " * (300 << 20))
+    with pytest.raises(InputError, match="times its own size"):
+        _rows(tmp_path / "t.xlsx", ["负面", "正面"])
 
 
 def test_a_column_that_cannot_be_read_and_is_not_used_is_left_out(tmp_path: Path) -> None:

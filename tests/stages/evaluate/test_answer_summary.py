@@ -9,7 +9,7 @@ import numpy as np
 
 from lib.report.evaluate_page import AnswerPage
 from lib.scoring.log_probabilities import AnswerScores, exponentials
-from lib.stages.evaluate.results import BASE, FINETUNED, summary
+from lib.stages.evaluate.results import BASE, FINETUNED, SHOWN, summary
 
 
 def _words(result: SimpleNamespace) -> str:
@@ -22,7 +22,7 @@ def _result(losses: dict[str, np.ndarray], groups: list[int]) -> SimpleNamespace
     scores = {name: AnswerScores(ids, -values * tokens, tokens, 1.0) for name, values in losses.items()}
     parts = summary(scores, [{"group": group, "leaked": True} for group in groups])
     json.dumps(parts, allow_nan=False)
-    return SimpleNamespace(content={"parts": parts}, part=parts["all"])
+    return SimpleNamespace(content={"parts": parts}, part=parts["all"], trained=True, shown=SHOWN)
 
 
 def test_a_direction_is_rare_where_there_is_none() -> None:

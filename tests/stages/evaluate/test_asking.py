@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from lib.cli.__main__ import app
 from lib.errors import InputError
 from lib.scoring.generation import Sampling, end_ids
-from lib.scoring.text_metrics import SHIPPED_PROMPTS, read_prompts
+from lib.scoring.word_lists import SHIPPED_PROMPTS, read_prompts
 from lib.stages.evaluate.standalone import ModelOptions, ask_models
 from tests.scoring.conftest import Tiny, small  # noqa: F401
 
@@ -81,3 +81,42 @@ def test_without_a_prompt_the_sets_are_named(small: Tiny) -> None:  # noqa: F811
 @pytest.mark.parametrize("name", SHIPPED_PROMPTS)
 def test_shipped_sets_have_five_prompts(name: str) -> None:
     assert len(read_prompts(name)) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--seed", "-1", "--temperature", "0.5"], "--seed"),
+        (["--top-p", "0.5"], "--top-p without --temperature"),
+        (["--seed", "7", "--top-p", "1"], "--top-p and --seed without --temperature"),
+        (["--revision", "abc"], "--revision for models that it changes nothing of"),
+        (["--thinking"], "--thinking for models that it changes nothing of"),
+        (["--n-threads", "100000"], "--n-threads"),
+        (["--max-new-tokens", "1000000000"], "which the model was made for"),
+        (["--prompt", "A.\\nB."], "no line end"),
+        (["--system-prompt", "A.\\tB."], "no line end"),
+    ],
+)
+def test_options_that_do_nothing_or_cannot_be_are_refused(small: Tiny, options: list[str], words: str) -> None:  # noqa: F811
+    done = CliRunner().invoke(app, ["ask", str(small.gguf), "--prompt", "x", *options])
+    assert done.exit_code == 2 and words in done.output
+
+
+def test_windows_longer_than_the_text_ask_for_no_room(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "t.txt").write_text("very good", encoding="utf-8")
+    given = ["perplexity", str(small.gguf), "--text", str(tmp_path / "t.txt"), "--n-ctx", "1000000000"]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 2 and "at least one window of 1000000000 tokens" in done.output
+
+
+def test_a_run_says_how_its_model_is_asked(small: Tiny, home: Path) -> None:  # noqa: F811
+    from tests import tiny_run
+
+    tiny_run.make_base(home / "base")
+    run = tiny_run.make_run(home / "base")
+    words = ["ask", str(small.gguf), "--run", run.name, "--prompt", "很好", "--max-new-tokens", "2", "--json"]
+    made = CliRunner().invoke(app, words)
+    assert made.exit_code == 0, made.output
+    found = json.loads(made.output[made.output.index("{\n") :])
+    assert found["system_prompt"] == tiny_run.TASK.system_prompt
+    assert found["prompts"][0]["prompt"] == tiny_run.TASK.user_prompt.replace("{text}", "很好")

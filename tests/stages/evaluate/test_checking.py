@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.cli.evaluate import OpeningOptions, evaluate
+from lib.cli.evaluate import OpeningOptions, RowOptions, evaluate
 from lib.errors import InputError
 from lib.scoring.backend import journal_path
 from lib.stages.evaluate.standalone import ModelOptions, evaluate_models, find_model, tokenizer_of
@@ -128,3 +128,20 @@ def test_where_the_scores_are_kept_is_said(
     with pytest.raises(InputError, match="child that failed"):
         evaluate_models([small.gguf], test_rows()[:2], small.task)
     assert "kept" not in capsys.readouterr().err and len(scored) == 2
+
+
+def test_what_every_label_gets_is_printed(small: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n很好,1\n很差,0\n房间不错,1\n", encoding="utf-8")
+    data = RowOptions(str(rows))
+    evaluate([str(small.gguf)], data, OpeningOptions(n_threads=1), tmp_path / "out.json")
+    first, second = capsys.readouterr().out.split("\n\n")
+    (told,) = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["models"]
+    assert "seconds_per_sample  seconds  " in first and told["seconds"] == pytest.approx(3 * told["seconds_per_sample"])
+    head, *lines = [line.split() for line in second.strip().splitlines()]
+    assert head == ["model", "label", "precision", "recall", "f1", "support", "answered", "负面", "answered", "正面"]
+    counts = [[int(count) for count in line[-2:]] for line in lines]
+    assert counts == told["confusion"] and [sum(row) for row in counts] == [1, 2]
+    assert [float(line[3]) for line in lines] == pytest.approx(
+        [scores["recall"] for scores in told["per_class"].values()], abs=1e-3
+    )

@@ -51,5 +51,5 @@ def test_killed_command_continues(small, tmp_path, monkeypatch):
     plain = [{key: row[key] for key in ("id", "text", "label")} for row in found]
     task = ClassificationTask(("负面", "正面"), Settings().system_prompt, "评价：{text}", Settings().max_seq_length)
     (whole,) = evaluate_models([small.gguf], plain, task, options=ModelOptions(n_threads=1))["models"]
-    timed = {"seconds_per_sample", "peak_memory_mib"}
+    timed = {"seconds", "seconds_per_sample", "peak_memory_mib"}
     assert {k: v for k, v in entry.items() if k not in timed} == {k: v for k, v in whole.items() if k not in timed}

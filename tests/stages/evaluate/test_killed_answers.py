@@ -20,8 +20,15 @@ from tests.support.killing import kill_at
 
 pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
+TALK = {"task": "dialogue", "dataset": "none.csv", "system_prompt": "", "prompts_file": "counselling"}
 SETTINGS = Settings(
-    run_name="talk", dtype="float32", per_device_eval_batch_size=2, generated_rows=4, max_new_tokens=6, force=True
+    **TALK,
+    run_name="talk",
+    dtype="float32",
+    per_device_eval_batch_size=2,
+    generated_rows=4,
+    max_new_tokens=6,
+    force=True,
 )
 STAGE = """
 import sys

@@ -18,8 +18,9 @@ from lib.prompts.tasks import ConversationTask
 from lib.report.evaluate_page import AnswerPage
 from lib.scoring.backend import Keep
 from lib.scoring.generation import Questions, Sampling, ask_prompt, ask_row, end_ids, torch_feed, write
-from lib.scoring.text_metrics import read_prompts, summarise
+from lib.scoring.text_metrics import summarise
 from lib.scoring.torch_backend import TransformersBackend
+from lib.scoring.word_lists import read_prompts
 from lib.settings import Settings
 from lib.stages.evaluate.results import BASE, FINETUNED, SHOWN
 from lib.stages.evaluate.stage import Replies, generated_rows, prompts_json, write_with
@@ -164,7 +165,27 @@ def page(small: Tiny, tmp_path: Path, task: ConversationTask, wanted: int) -> An
     }
     prompts = prompts_json(asked, dict.fromkeys(own, replies), {"system_prompt": "你是助手。"})
     generated = generated_rows(asked, own)
-    return AnswerPage(SimpleNamespace(content=content, part=part, generated=generated, prompts=prompts))
+    told = {"trained": True, "shown": SHOWN, "judged": FINETUNED}
+    return AnswerPage(SimpleNamespace(content=content, part=part, generated=generated, prompts=prompts, **told))
+
+
+def test_the_metric_of_the_answers_stands_on_the_page(small: Tiny, tmp_path: Path) -> None:  # noqa: F811
+    """Entity F1 first, with its types; answers to prompts without a reference have none."""
+    asked = replace(questions(small, tmp_path), answer_metric="entity_f1")
+    asked = replace(asked, asked=[replace(one, reference='[{"type": "地点", "text": "杭州"}]') for one in asked.asked])
+    found = answered(small, asked)
+    assert [answer["measured"]["readable"] for answer in found.answers] == [False] * 4
+    assert [answer["measured"]["entity_f1"] for answer in found.answers] == [[0, 1]] * 4
+    assert {reply["greedy"]["measured"]["entity_f1"] for reply in found.replies} == {None}
+    shown = page(small, tmp_path, TASK, 4)
+    own = [answer["measured"] for answer in found.answers]
+    shown.content["answers"] = summarise({"base": own, "fine-tuned": own}, [*range(4)], "base")
+    table = cells(shown.error_table())
+    assert [line[:2] for line in table[:2]] == [["entity F1 ↑", "4"], ["entities readable ↑", "4"]]
+    assert table[-2:] == [[model, "地点", "4", "0", "0", "–", "0.000", "0.000"] for model in ("base", "fine-tuned")]
+    assert "entity F1 base 0.00, fine-tuned 0.00" in shown.learned().data
+    with pytest.raises(InputError, match="4 of 4 reference answers that list no entities"):
+        questions(small, tmp_path, answer_metric="entity_f1")
 
 
 def cells(shown: HTML) -> list[list[str]]:
@@ -201,4 +222,4 @@ def test_what_the_page_shows_of_thinking_and_of_nothing(small: Tiny, tmp_path: P
     nothing = page(small, tmp_path, TASK, 0)
     assert "generated_rows is 0" in cells(nothing.errors())[0][1]
     assert all("generated_rows is 0" in part().data for part in (nothing.error_table, nothing.reading, nothing.learned))
-    assert nothing.prompts().data.count("generated_rows is 0") == 2
+    assert "generated_rows is 0" in nothing.prompts().data

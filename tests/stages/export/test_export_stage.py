@@ -37,8 +37,8 @@ def test_made_skipped_and_made_when_the_library_comes(run: Run, monkeypatch: pyt
         patched.setattr("lib.stages.export.stage.has_module", lambda n: n != "bitsandbytes" and machine.has_module(n))
         result = export(settings("bf16", "nf4", "gptq"), run)
     assert result.product.made and [record["format"] for record in result.made] == ["bf16", "gptq"]
-    assert result.skipped == ({"format": "nf4", "reason": "bitsandbytes not installed"},)
-    assert "export format nf4 skipped: bitsandbytes not installed" in run.stamps()
+    assert result.skipped == ({"format": "nf4", "reason": "bitsandbytes not installed (extra torch)"},)
+    assert "export format nf4 skipped: bitsandbytes not installed (extra torch)" in run.stamps()
     folder = result.product.path
     assert sorted(path.name for path in folder.iterdir()) == ["bf16", "exports.json", "gptq"]
     bf16, gptq = result.made
@@ -135,3 +135,28 @@ def test_without_a_merged_model(home: Path, base: Path) -> None:
         export(settings("bf16"), tiny_run.make_run(base))
     with pytest.raises(InputError, match="01_data"):
         export(settings("bf16"), open_run("none"))
+
+
+def test_a_package_has_made_what_its_folders_lack(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what the run has; of several formats that would do the first that works here."""
+    from lib.cli.package import export_lacking
+    from lib.stages.package.stage import lacking, link_tree
+
+    export(settings("bf16"), run)
+    assert lacking(run, ["merged_model", "fp16", "int4", "gguf"]) == {"fp16": ("fp16",), "int4": ("nf4", "gptq")}
+    export_lacking(run, ["merged_model", "fp16", "gguf"])
+    folder = run.folder / "exports"
+    assert {path.name for path in folder.iterdir()} == {"bf16", "fp16", "exports.json"}
+    assert lacking(run, ["fp16"]) == {} and type(load_as_saved(folder / "fp16")).__name__ == "Qwen2ForCausalLM"
+    tried: list[str] = []
+
+    def refuses(function: str, argument: dict, what: str) -> dict:
+        tried.append(argument["format"])
+        raise InputError(f"{argument['format']} does not work here.", "another place.", "go there.")
+
+    monkeypatch.setattr(export_stage, "run_child", refuses)
+    monkeypatch.setattr(export_stage.Format, "problem", lambda self: None)
+    export_lacking(run, ["fp16", "int4"])
+    assert list(dict.fromkeys(tried)) == ["nf4", "gptq"] and (folder / "fp16" / "model.safetensors").is_file()
+    with pytest.raises(InputError, match=r"bf16, fp16 \(nf4: nf4 does not work here.*gptq does not.*leave int4 out"):
+        link_tree(run, ["int4"], run.folder)

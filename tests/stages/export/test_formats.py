@@ -77,7 +77,15 @@ def test_the_usage_of_the_readme_works_in_a_fresh_process(name: str, exported: E
     text = '他说："很好"，房间\\干净。'
     record = {**answer, "bytes": answer["bytes"], "bits_per_weight": 8.0, "peak_memory_mib": 1.0}
     asked = question_of(tiny_run.TASK, {"text": text})
-    write_card(folder, FORMATS[name], record, lineage="A model.", notes=["a note"], asked=asked)
+    write_card(
+        folder,
+        FORMATS[name],
+        record,
+        made_of={"kind": "model", "model": "m"},
+        notes=["a note"],
+        asked=asked,
+        calibrated_on="rows",
+    )
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "> a note" in card and name in card and ("BitsAndBytesConfig" in card) == (name in ("int8", "nf4"))
     (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
@@ -111,10 +119,10 @@ def test_calibration_decides_what_gptq_writes(base: Path, exported: Exported, tm
 
 
 def test_group_size_fits_the_layers(exported: Exported) -> None:
-    assert stage.group_size({896, 4864}) == 128 and stage.group_size({256, 768}) == 128
-    assert stage.group_size({64, 128}) == 64 and stage.group_size({48, 96}) == 16
+    assert stage.group_of({896, 4864}) == 128 and stage.group_of({256, 768}) == 128
+    assert stage.group_of({64, 128}) == 64 and stage.group_of({48, 96}) == 16
     with pytest.raises(InputError, match="linear layers with 40 inputs"):
-        stage.group_size({40, 128})
+        stage.group_of({40, 128})
     folder, answer = exported("gptq")
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["config_groups"]["group_0"]["weights"]["group_size"] == answer["group_size"] == 64
@@ -172,7 +180,29 @@ def test_a_folder_whose_library_is_absent(exported: Exported, monkeypatch: pytes
 def test_loading_gives_no_warning(exported: Exported) -> None:
     folders = [str(exported(name)[0]) for name in METHODS]
     load = f"[load_as_saved(Path(folder)) for folder in {folders}]"
-    code = f"from pathlib import Path; from lib.models.loading import load_as_saved; {load}"
+    ask = "[m(torch.ones(1, 4, dtype=int)) for m in models]"
+    code = (
+        f"import torch; from pathlib import Path; from lib.models.loading import load_as_saved; models = {load}; {ask}"
+    )
     said = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
-    assert not re.search(r"warn|fail|deprecat|error", said.stderr, re.I), said.stderr
+    assert not re.search(r"warn|fail|deprecat|error|MatMul8bitLt|W\d{4} ", said.stderr, re.I), said.stderr
+
+
+def test_the_examples_of_a_package_answer_and_say_nothing_else(exported: Exported, tmp_path: Path) -> None:
+    """In a Python without this library, whose own filters they have not."""
+    names = [name for name in ("int8", "nf4") if FORMATS[name].problem() is None]
+    for name in names:
+        (tmp_path / name).symlink_to(exported(name)[0])
+    parts = {role: f"<{role}>" for role in ("system", "user", "assistant")}
+    turns = {"begin": "", "opening": parts, "closing": dict.fromkeys(parts, "\n"), "answer": "<assistant>"}
+    info = {"system": "你是助手。", "user": "{text}", "special_tokens": [], "labels": [], "turns": turns}
+    info |= {"max_tokens": 4, "examples": ["房间好"], "folders": names}
+    (tmp_path / "model_info.json").write_text(json.dumps(info))
+    script = PROJECT / "lib" / "stages" / "package" / "scripts" / "usage_examples.py"
+    (tmp_path / "usage_examples.py").write_bytes(script.read_bytes())
+    said = subprocess.run(
+        [sys.executable, "-I", "usage_examples.py", "transformers"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert [line.partition(":")[0] for line in said.stdout.splitlines()] == [f"transformers, {n}/" for n in names]
+    assert not re.search(r"Failed to load|MatMul8bitLt|W\d{4} ", said.stderr), said.stderr

@@ -13,7 +13,7 @@ from lib.runs.files import read_json, write_json
 from lib.stages.finetune import checkpoints, memory
 from lib.stages.finetune.batches import IGNORED, Collator, GroupedOrder
 from lib.stages.finetune.layout import answer_loss
-from lib.stages.finetune.trainer import rate
+from lib.stages.finetune.trainer import rates, training_arguments, warm_up
 from tests.stages.finetune.conftest import encoded, tiny_settings
 
 BATCH = [encoded([5, 6, 7, 8, 9], 3), encoded([5, 6, 7], 1), encoded(list(range(10, 22)), 10)]
@@ -212,10 +212,34 @@ def test_a_record_that_is_json_and_not_as_it_was_written_is_damage(tmp_path, cha
     assert (tmp_path / "checkpoint-2").is_dir() and not record.exists()
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize(("warm", "total"), [(1, 1), (4, 100), (0, 7), (6, 7)])
+def test_a_schedule_is_that_of_transformers(name: str, warm: int, total: int) -> None:
+    """Stepped as a training steps it: transformers' rates of one more step, without the first, whose rate is 0."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule, theirs = get_scheduler(name, optimizer, warm + 1, total + 1), []
+    for _ in range(total + 1):
+        theirs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    found = list(map(rates(name, warm, total), range(total)))
+    assert found == theirs[1:] and (theirs[0] == 0 or name == "constant") and all(found)
+
+
+def test_warm_up_is_a_share_or_a_number_of_updates(tmp_path) -> None:
+    asked = {0.04: 4, 0.0: 0, 0.001: 1, 0.5: 50, 7.0: 7, 1.0: 1}
+    assert {share: warm_up(100, tiny_settings(warmup_steps=share)) for share in asked} == asked
+    arguments = training_arguments(tmp_path, 100, tiny_settings(warmup_steps=7.0, lr_scheduler_type="linear"))
+    assert arguments.get_warmup_steps(100) == 7 and arguments.lr_scheduler_type == "linear"
+    assert arguments.dataloader_pin_memory is (arguments.device.type == "cuda")
+
+
 def test_the_rate_rises_to_the_peak_and_falls_and_is_never_zero() -> None:
     for warm, total in ((1, 1), (1, 2), (4, 100), (0, 3)):
-        rates = [rate(done, warm, total) for done in range(total)]
-        assert all(0 < share <= 1 for share in rates)
-        assert rates[: warm + 1] == sorted(rates[: warm + 1]) and rates[warm:] == sorted(rates[warm:], reverse=True)
-        assert warm >= total or rates[warm] == 1
-    assert rate(9, 1, 9) == pytest.approx(0) and rate(0, 4, 100) == pytest.approx(0.2)
+        found = list(map(rates("cosine", warm, total), range(total)))
+        assert all(0 < share <= 1 for share in found)
+        assert found[: warm + 1] == sorted(found[: warm + 1]) and found[warm:] == sorted(found[warm:], reverse=True)
+        assert warm >= total or found[warm] == 1
+    assert rates("cosine", 1, 9)(9) == pytest.approx(0) and rates("cosine", 4, 100)(0) == pytest.approx(0.2)

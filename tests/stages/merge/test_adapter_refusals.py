@@ -307,6 +307,11 @@ def test_trained_tokens_of_a_tied_head(make_base: Callable, make_adapter: Callab
     refused(make_base(), shutil.copytree(adapter, tmp_path / "adapter"), "shares one matrix")
 
 
+def test_trained_tokens_of_a_head_that_is_trained_whole(make_base: Callable, make_adapter: Callable) -> None:
+    adapter = make_adapter(make_base(), trainable_token_indices=[5], modules_to_save=["lm_head"])
+    refused(make_base(), adapter, "trained tokens of lm_head, of which modules_to_save trains a whole copy")
+
+
 def test_unequal_copies_of_one_matrix(make_base: Callable, make_adapter: Callable, tmp_path: Path) -> None:
     adapter = make_adapter(make_base(), modules_to_save=["lm_head", "embed_tokens"])
     adapter = shutil.copytree(adapter, tmp_path / "adapter")

@@ -198,7 +198,7 @@ def test_the_limit_on_both_sides(mean: float, effect: float, arithmetic: str, pa
 
 def test_the_page_recommends_a_far_better_format() -> None:
     said = weights_page.merge_reading(checked(0.0028, 0.37, half=0.00007))
-    assert "Rounding to bfloat16 costs 0.0028 nats, 0.76% of the 0.37 nats" in said
+    assert "Rounding to bfloat16 costs 0.0028 nats, 0.76 % of the 0.37 nats" in said
     assert "float16, in the same bytes, would cost 40 times less (7e-05 nats): **set `merge_dtype: float16`**." in said
     assert "set `merge_dtype" not in weights_page.merge_reading(checked(0.0028, 0.37, half=0.0012))
     assert "too little to matter" in weights_page.merge_reading(checked(0.00028, 0.37, half=0.00007))

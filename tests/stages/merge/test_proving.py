@@ -217,7 +217,7 @@ def test_what_rounding_leaves(merged: tuple[Path, Path, Path], make_adapter: Cal
     assert found["bfloat16"].set_back == back > 0.5 * found["bfloat16"].weights_summed
     assert found["bfloat16"].kept < 0.9 < found["float16"].kept
     words = weights_page.survival(found["bfloat16"])
-    assert f"leaves {kept / change:.1%} of the adapter's change" in words and "are the base's again" in words
+    assert f"leaves {100 * kept / change:.1f} % of the adapter's change" in words and "are the base's again" in words
 
 
 def test_nan_missing_and_reshaped_tensors(merged: tuple[Path, Path, Path]) -> None:

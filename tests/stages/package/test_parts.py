@@ -104,6 +104,7 @@ def facts(task: Task, mix: dict[str, Any] | None = None) -> Facts:
             **{key: {} for key in ("rows", "training", "products")},
         },
         "bytes_read_per_token": 4_000_000,
+        "cache_bytes_per_token": 2_000,
         "licences": {"id": "mit", "base": "MIT", "data": "MIT"},
         "export_tree": {},
         "page_rows": "",
@@ -221,17 +222,24 @@ def test_evidence(tmp_path: Path) -> None:
     for entry in files[:3]:
         (tmp_path / entry["file"]).touch()
     run: Any = SimpleNamespace(name="r", require=lambda product: SimpleNamespace(path=tmp_path))
-    advice = {"type": "Q8_0", "text": "Because."}
+    told = {"headline": "So.", "text": "Because.", "details": "At length.", "warning": ""}
+    advice: dict[str, Any] = {"type": "Q8_0", **told}
     comparison = {"files": files, "reference": "F16", "recommendation": advice}
     assert (choose_file(run, comparison, None).type, choose_file(run, comparison, "q8_0").standing) == (
         "Q8_0",
         RECOMMENDED,
     )
-    unsure = {**comparison, "recommendation": {"type": None, "unproven": "Q8_0", "text": "Not shown."}}
-    assert choose_file(run, unsure, UNPROVEN).standing == NO_SIGN
+    assert choose_file(run, comparison, None).words == "So. Because."
+    unsure = {**comparison, "recommendation": {**told, "type": None, "unproven": "Q8_0"}}
+    unproven = choose_file(run, unsure, UNPROVEN)
+    assert unproven.standing == NO_SIGN and unproven.words.endswith("So. Because. At length.")
     assert choose_file(run, comparison, UNPROVEN).standing == RECOMMENDED
-    with pytest.raises(InputError, match="recommends no file"):
+    with pytest.raises(InputError, match=r"recommends no file \(So. Because.\)"):
         choose_file(run, unsure, None)
+    older = {**comparison, "recommendation": {"type": "Q8_0", "text": "Because."}}
+    for wanted in (None, "Q8_0", UNPROVEN):
+        with pytest.raises(InputError, match=r"older version.*07_compare_quantized"):
+            choose_file(run, older, wanted)
     other = choose_file(run, comparison, "Q2_K")
     assert other.standing == AGAINST and "against the recommendation, which is Q8_0" in other.words
     assert "worse" in other.words and other.reference["type"] == "F16"
@@ -241,7 +249,7 @@ def test_evidence(tmp_path: Path) -> None:
     assert "Q2_K keeps only 0.28 [0.25,\u00a00.31]" in choose_file(run, comparison, "Q2_K").words
     advice["type"] = None
     assert choose_file(run, comparison, "Q2_K").standing == WITHOUT
-    advice["text"] = f"Because.\n\n{retention_warning(files[2])}"
+    advice["warning"] = retention_warning(files[2])
     assert choose_file(run, comparison, "Q2_K").words.count("keeps only") == 1
     with pytest.raises(InputError, match="--type, one of F16, Q8_0, Q2_K"):
         choose_file(run, comparison, None)

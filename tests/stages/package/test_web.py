@@ -80,7 +80,7 @@ def test_the_rows_are_the_named_ones_with_this_machines_answers(made: PackageRes
 
 def test_the_guide_names_the_page(made: PackageResult) -> None:
     text = (made.product.path / "deployment_guide.md").read_text(encoding="utf-8")
-    assert "## Any phone, in the browser" in text and "Cross-Origin-Embedder-Policy: require-corp" in text
+    assert "### The page, on any phone" in text and "Cross-Origin-Embedder-Policy: require-corp" in text
 
 
 def test_rows_need_the_page(tmp_path: Path) -> None:
@@ -128,6 +128,8 @@ def test_rows_of_the_sample_corpus(tmp_path: Path) -> None:
         ),
         ("a.txt", b"good\n\xff bad", r"not UTF-8: line 2, byte 5\."),
         ("a.txt", b"\n \r\n", "holds no text"),
+        ("a.csv", b"text,label\ngood,1\n", "as JSON or a table"),
+        ("a.txt", b'{"text": "a"}\n', "as JSON or a table"),
     ],
 )
 def test_rows_that_cannot_be_read(name: str, content: bytes, words: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lib import progress
 from lib.errors import InputError
 from lib.runs.child import StoppedError
 from lib.runs.files import sha256_file
@@ -65,6 +66,7 @@ def test_files_of_a_ladder_equal_single_ones(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "physical_cores", lambda: 3)
+    monkeypatch.setattr(progress, "PLAIN_SECONDS", 0.0)  # or the first line would be the only one of work so short
     reports = quantize_files(source, tmp_path / "many", ["Q4_0", "Q8_0", "Q4_K_M"])
     assert [r.type for r in reports] == ["Q4_0", "Q8_0", "Q4_K_M"]
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == sorted(r.file for r in reports)

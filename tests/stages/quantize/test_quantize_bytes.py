@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from lib.errors import InputError
 from lib.runs.files import sha256_file
-from lib.settings import IMATRIX_TYPES, QUANTIZATION_TYPES, TENSOR_TYPES
+from lib.settings import IMATRIX_TYPES, QUANTIZATION_TYPES, TENSOR_TYPES, UNQUANTIZED
 from lib.stages.quantize import files, quantizer
 from lib.stages.quantize.files import Options, predict_sizes
 from tests import tiny_gguf
@@ -129,7 +130,7 @@ def test_the_source_files_are_those_of_the_oracle(sources: dict[int, Path]) -> N
 
 
 def test_every_type_of_the_settings_has_an_oracle() -> None:
-    assert set(LLAMA_QUANTIZE) == {*QUANTIZATION_TYPES, *files.UNQUANTIZED}
+    assert set(LLAMA_QUANTIZE) == {*QUANTIZATION_TYPES, *UNQUANTIZED}
     assert {name for name, _ in WITH_IMATRIX} >= set(IMATRIX_TYPES)
     assert {*LLAMA_QUANTIZE, *IMATRIX_TYPES} == set(files.FILE_TYPES)
 
@@ -273,3 +274,16 @@ def test_a_q4_k_m_of_a_half_billion_qwen_is_no_250_megabytes(tmp_path: Path) -> 
         assert round(row["tensor_bytes"] / 2**20) == mebibytes
         assert row["bits_per_weight"] == pytest.approx(bits, abs=0.005)
         assert len(row["fallbacks"]) == fallbacks
+
+
+@pytest.mark.parametrize("keys", [{"split.count": 1}, {"split.no": 0, "split.count": 1, "split.tensors.count": 9}])
+def test_a_model_in_one_part_is_no_split_model(keys: dict[str, int], sources: dict[int, Path], tmp_path: Path) -> None:
+    source = tiny_gguf.with_values(sources[256], tmp_path / "one.gguf", keys)
+    made = tiny_gguf.quantize_file(source, tmp_path / "out.gguf", "Q4_0", n_threads=1)
+    assert made.bytes == made.predicted_bytes == (tmp_path / "out.gguf").stat().st_size
+    with pytest.raises(InputError, match="one part of a split model"):
+        tiny_gguf.quantize_file(
+            tiny_gguf.with_values(source, tmp_path / "two.gguf", {"split.no": 0, "split.count": 2}),
+            tmp_path / "o.gguf",
+            "Q4_0",
+        )

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
+from lib.report import weights_page
 from lib.report.display import rows_of
 from lib.runs.files import sha256_file
 from lib.runs.run import ProductDraft, Run, open_run
 from lib.settings import Settings
 from lib.stages.quantize import files
-from lib.stages.quantize.stage import mix_effect, plan, predictions, quantize
+from lib.stages.quantize.stage import mix_effect, plan, predictions, quantize, tensor_errors
 from tests import tiny_gguf
 
 
@@ -79,6 +80,25 @@ def test_ladder_then_longer_ladder(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
     quantize(settings("Q8_0", force=True), run)
     assert made == ["Q5_K_M", "Q8_0"]
+
+
+def test_number_formats_in_the_ladder(run: Run) -> None:
+    """F32 and BF16 are files like others; F16 is the converted file, which is not made twice, and that is said."""
+    asked = settings("F32", "F16", "BF16")
+    assert [entry["type"] for entry in plan(asked, run)] == ["F32", "BF16"]
+    result = quantize(asked, run)
+    assert [file.type for file in result.files] == ["F32", "BF16"]
+    assert result.files[0].bits_per_weight == 32.0 and result.files[1].bytes < 1.01 * result.source["bytes"]
+    assert any(stamp.startswith("F16 of the ladder is the converted file itself") for stamp in run.stamps())
+    errors = tensor_errors(asked, run, result)
+    assert {row["relative_rmse"] for row in errors.files["F32"]} == {0.0} != errors.files["BF16"][0]["relative_rmse"]
+    assert "<img" in weights_page.error_map(errors).data and weights_page.error_kinds(errors)
+    assert quantize(asked, run).product.made is False
+    exact = settings("F32")
+    only = tensor_errors(exact, run, quantize(exact, run))
+    assert "no error to draw" in weights_page.error_map(only).data and weights_page.error_kinds(only)
+    with pytest.raises(InputError, match=r"nothing but F16.*add one to ladder"):
+        quantize(settings("F16"), run)
 
 
 def test_damaged_file_is_made_again(run: Run) -> None:

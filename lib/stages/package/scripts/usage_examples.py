@@ -6,6 +6,7 @@ Needs llama-cpp-python (requirements.txt); `transformers` needs the folders of t
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 from pathlib import Path
@@ -87,8 +88,19 @@ def labels(llm, text: str) -> dict[str, float]:
     return {label["name"]: weight / sum(weights) for label, weight in zip(INFO["labels"], weights, strict=True)}
 
 
+CHATTER = {
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": "%s is an Enum subclass",
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+}
+"""Logger → beginning of what it says at every start and is no fault: kernels of other machines, how INT8 computes."""
+
+
 def transformers(folder: Path, text: str) -> str:
     """An answer of one of the exported folders (16 bit, bitsandbytes or GPTQ; the folder knows which it is)."""
+    for name, start in CHATTER.items():
+        logging.getLogger(name).addFilter(lambda record, start=start: not str(record.msg).startswith(start))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

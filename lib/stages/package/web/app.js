@@ -2,6 +2,7 @@
 import { Engine, fetchModel, forget, missing, needsCompat, shares } from './engine.js';
 import { measure, median } from './measure.js';
 import { messagesFor, render } from './prompt.js';
+import { speak, t } from './words.js';
 
 const $ = (id) => document.getElementById(id);
 const show = (id, on = true) => { $(id).hidden = !on; };
@@ -27,7 +28,7 @@ async function during(where, work) {
   try {
     await work();
   } catch (error) {
-    say(where, `It failed: ${sentence(error)}.`);
+    say(where, t('It failed: {error}.', { error: sentence(error) }));
     console.error(error);
   } finally {
     for (const button of buttons) button.disabled = false;
@@ -36,20 +37,20 @@ async function during(where, work) {
 }
 
 function sentence(error) {
-  const text = String(error?.message ?? error).replace(/\.$/, '');
-  if (error instanceof RangeError || /memory|allocat|out of bounds/i.test(text)) return `${text} – most likely the memory does not suffice: close other pages, or package a smaller file`;
+  const text = String(error?.message ?? error).replace(/[.。]$/, '');
+  if (error instanceof RangeError || /memory|allocat|out of bounds/i.test(text)) return t('{text} – most likely the memory does not suffice: close other pages, or package a smaller file', { text });
   return text;
 }
 
 function warn() {
   if (!self.crossOriginIsolated) {
     notice(self.isSecureContext
-      ? 'One thread only: the server does not send the headers COOP and COEP. Loading this page once more may help.'
-      : 'One thread only, and nothing is kept for use offline: the address is plain http, not https or localhost.');
+      ? t('One thread only: the server does not send the headers COOP and COEP. Loading this page once more may help.')
+      : t('One thread only, and nothing is kept for use offline: the address is plain http, not https or localhost.'));
   }
-  if (needsCompat()) notice('This browser takes the slower build of the runtime (it lacks JSPI or 64-bit WebAssembly memory).');
+  if (needsCompat()) notice(t('This browser takes the slower build of the runtime (it lacks JSPI or 64-bit WebAssembly memory).'));
   const memory = navigator.deviceMemory;
-  if (memory && state.page.bytes * 1.5 > memory * 1e9) notice(`The model needs about ${megabytes(state.page.bytes * 1.5)}; this device reports ${memory} GB of memory.`);
+  if (memory && state.page.bytes * 1.5 > memory * 1e9) notice(t('The model needs about {size}; this device reports {memory} GB of memory.', { size: megabytes(state.page.bytes * 1.5), memory }));
 }
 
 async function load() {
@@ -57,16 +58,17 @@ async function load() {
   const { page } = state;
   const { blobs, stored, why } = await fetchModel(page, (bytes, total) => {
     $('progress').value = bytes / total;
-    say('loaded', `${megabytes(bytes)} of ${megabytes(total)}`);
+    say('loaded', t('{part} of {whole}', { part: megabytes(bytes), whole: megabytes(total) }));
   });
-  say('loaded', 'Starting the model …');
+  say('loaded', t('Starting the model …'));
   const engine = new Engine(page, state.info);
   const seconds = await engine.load(blobs);
   Object.assign(state, { engine, blobs });
   show('progress', false);
   show('load', false);
-  const kept = stored ? 'Kept in this browser: the page also works without a network.' : `Not kept in this browser: ${why}.`;
-  say('loaded', `Loaded in ${seconds.toFixed(2)} s, ${engine.threads} ${engine.threads === 1 ? 'thread' : 'threads'}. ${kept}`);
+  const kept = stored ? t('Kept in this browser: the page also works without a network.') : t('Not kept in this browser: {why}.', { why });
+  const started = { seconds: seconds.toFixed(2), threads: engine.threads, kept };
+  say('loaded', engine.threads === 1 ? t('Loaded in {seconds} s, {threads} thread. {kept}', started) : t('Loaded in {seconds} s, {threads} threads. {kept}', started));
   show('forget', stored);
   show('asking');
   show('measuring');
@@ -91,7 +93,9 @@ async function classify(text) {
   const { scores, promptTokens, timings } = await state.engine.score(prompt);
   drawLabels(scores);
   const seconds = (performance.now() - started) / 1000;
-  say('speed', `${promptTokens} tokens read, ${timings.prompt_per_second.toFixed(0)} tokens/s; ${seconds.toFixed(2)} s in all. Probabilities of the labels against each other.`);
+  say('speed', t('{tokens} tokens read, {speed} tokens/s; {seconds} s in all. Probabilities of the labels against each other.', {
+    tokens: promptTokens, speed: timings.prompt_per_second.toFixed(0), seconds: seconds.toFixed(2),
+  }));
 }
 
 async function chat(text) {
@@ -106,29 +110,39 @@ async function chat(text) {
   try {
     const prompt = render(messages, info, engine.addsBegin);
     const timings = await engine.write(prompt, (all) => { own.textContent = written = all; }, {}, state.abort.signal);
-    if (timings) say('speed', `${timings.predicted_n} tokens at ${timings.predicted_per_second.toFixed(1)} tokens/s; prompt at ${timings.prompt_per_second.toFixed(0)} tokens/s.`);
+    if (timings) {
+      say('speed', t('{tokens} tokens at {speed} tokens/s; prompt at {prompt} tokens/s.', {
+        tokens: timings.predicted_n, speed: timings.predicted_per_second.toFixed(1), prompt: timings.prompt_per_second.toFixed(0),
+      }));
+    }
   } catch (error) {
     if (!state.abort.signal.aborted) throw error;
-    say('speed', 'Stopped.');
+    say('speed', t('Stopped.'));
   } finally {
     show('stop', false);
-    own.textContent = written || '(no text)';
+    own.textContent = written || t('(no text)');
   }
   turns.push({ role: 'user', content: text }, { role: 'assistant', content: written });
   show('clear');
 }
 
-const spread = (values, digits, unit) => `${median(values).toFixed(digits)} ${unit} (${Math.min(...values).toFixed(digits)} to ${Math.max(...values).toFixed(digits)}, ${values.length} runs)`;
+const spread = (values, digits, unit) => t('{median} {unit} ({least} to {most}, {runs} runs)', {
+  median: median(values).toFixed(digits), unit, least: Math.min(...values).toFixed(digits), most: Math.max(...values).toFixed(digits), runs: values.length,
+});
 
 function drawResult(result) {
   const { device, runtime, load, prompt, generation, checks, rows } = result;
   const lines = [
-    ['device', device.name], ['browser', device.browser], ['threads', `${runtime.threads}${runtime.compat ? ', slower build' : ''}`],
-    ['load', spread(load.seconds, 2, 's')], [`prompt, ${prompt.tokens} tokens`, spread(prompt.tokens_per_second, 0, 'tokens/s')],
-    [`generation, ${generation.tokens} tokens`, spread(generation.tokens_per_second, 1, 'tokens/s')],
-    ['answers as stored', `${checks.exact} of ${checks.n}; ${checks.same_tokens} of ${checks.tokens} tokens`],
+    [t('device'), device.name], [t('browser'), device.browser],
+    [t('threads'), runtime.compat ? t('{threads}, slower build', { threads: runtime.threads }) : runtime.threads],
+    [t('load'), spread(load.seconds, 2, 's')], [t('prompt, {tokens} tokens', prompt), spread(prompt.tokens_per_second, 0, 'tokens/s')],
+    [t('generation, {tokens} tokens', generation), spread(generation.tokens_per_second, 1, 'tokens/s')],
+    [t('answers as stored'), t('{exact} of {n}; {same_tokens} of {tokens} tokens', checks)],
   ];
-  if (rows.n) lines.push(['labels as stored', `${rows.agree} of ${rows.n}; margins differ by at most ${rows.largest_gap_nats.toFixed(3)} nats`], ['rows', rows.source]);
+  if (rows.n) {
+    const gap = rows.largest_gap_nats.toFixed(3);
+    lines.push([t('labels as stored'), t('{agree} of {n}; margins differ by at most {gap} nats', { ...rows, gap })], [t('rows'), t(rows.source)]);
+  }
   $('result').replaceChildren(...lines.map(([name, value]) => {
     const line = element('tr');
     line.append(element('th', name), element('td', value));
@@ -140,19 +154,19 @@ function drawResult(result) {
 async function send(result) {
   if (!state.posts) return;
   const response = await fetch('../result', { method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(result) }).catch((error) => ({ ok: false, status: error.message }));
-  say('sent', response.ok ? 'Sent to the machine that serves this page.' : `Not sent (${response.status}); download it instead.`);
+  say('sent', response.ok ? t('Sent to the machine that serves this page.') : t('Not sent ({status}); download it instead.', response));
 }
 
 async function remove() {
   await forget();
   show('forget', false);
-  say('loaded', 'Removed from this browser; it works until the page is closed.');
+  say('loaded', t('Removed from this browser; it works until the page is closed.'));
 }
 
 async function measureAll() {
   const result = await measure(state.engine, state.blobs, state.rows, (text) => say('measure-status', text));
   state.result = result;
-  say('measure-status', 'Done.');
+  say('measure-status', t('Done.'));
   drawResult(result);
   const link = $('download');
   link.href = URL.createObjectURL(new Blob([JSON.stringify(result, null, 1)], { type: 'application/json' }));
@@ -165,14 +179,14 @@ function prepare() {
   const { page, info } = state, labelled = info.labels.length > 0;
   document.title = page.title;
   say('title', page.title);
-  say('about', `${page.file}, ${megabytes(page.bytes)}. Run ${page.run}. It runs in this browser; nothing that you type leaves it.`);
-  for (const text of page.notes) notice(text);
-  say('asking-title', labelled ? 'Classify a text' : 'Chat');
-  say('send', labelled ? 'Classify' : 'Send');
-  say('load', `Load the model (${megabytes(page.bytes)})`);
+  say('about', t('{file}, {size}. Run {run}. It runs in this browser; nothing that you type leaves it.', { ...page, size: megabytes(page.bytes) }));
+  for (const text of page.notes) notice(t(text));
+  say('asking-title', labelled ? t('Classify a text') : t('Chat'));
+  say('send', labelled ? t('Classify') : t('Send'));
+  say('load', t('Load the model ({size})', { size: megabytes(page.bytes) }));
   say('measure-about', labelled
-    ? `Speed over several runs, and ${state.rows.rows.length} packaged rows against the stored answers (${state.rows.source}). Takes a minute or more; keep the page open.`
-    : 'Speed over several runs, and the packaged questions against the stored answers. Takes a minute or more; keep the page open.');
+    ? t('Speed over several runs, and {rows} packaged rows against the stored answers ({source}). Takes a minute or more; keep the page open.', { rows: state.rows.rows.length, source: t(state.rows.source) })
+    : t('Speed over several runs, and the packaged questions against the stored answers. Takes a minute or more; keep the page open.'));
   for (const text of info.examples) {
     const button = element('button', text);
     button.onclick = () => { $('text').value = text; };
@@ -191,18 +205,19 @@ function prepare() {
 }
 
 async function start() {
+  await speak();
   const lack = missing();
   if (lack) { say('about', lack); return; }
   const read = async (url) => {
     const response = await fetch(url);
-    if (!response.ok) throw new Error(`${url}: the server answers ${response.status}`);
+    if (!response.ok) throw new Error(t('{url}: the server answers {status}', { url, status: response.status }));
     state.posts = response.headers.get('X-Workbook-Phone') === '1';
     return response.json();
   };
   try {
     [state.page, state.info, state.rows] = await Promise.all(['page.json', '../model_info.json', 'rows.json'].map(read));
   } catch (error) {
-    say('about', `The package is not complete here (${error.message}). Serve the whole package folder, not web/ alone, e.g. with workbook serve --phone.`);
+    say('about', t('The package is not complete here ({error}). Serve the whole package folder, not web/ alone, e.g. with workbook serve --phone.', { error: error.message }));
     return;
   }
   warn();
@@ -211,7 +226,7 @@ async function start() {
   try {
     await navigator.serviceWorker?.register('sw.js');
   } catch (error) {
-    notice(`The page is not kept for use offline (${error.message}).`);
+    notice(t('The page is not kept for use offline ({error}).', { error: error.message }));
   }
 }
 

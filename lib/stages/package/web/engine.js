@@ -1,13 +1,14 @@
 // The model in this browser, through wllama (llama.cpp in WebAssembly). Nothing is fetched from another host.
+import { t } from './words.js';
 import { Wllama } from './wllama/index.min.js';
 
 const FORCE = 1e4; // logits; the log-probabilities that come back are those without it
 
 /** Whether the browser has what wllama needs; a sentence for what is missing, else null. */
 export function missing() {
-  if (typeof WebAssembly !== 'object') return 'This browser has no WebAssembly. Use a current Chrome, Firefox or Safari.';
+  if (typeof WebAssembly !== 'object') return t('This browser has no WebAssembly. Use a current Chrome, Firefox or Safari.');
   const simd = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
-  if (!WebAssembly.validate(new Uint8Array(simd))) return 'This browser has no WebAssembly SIMD, which the model needs. Use a newer browser or phone (Chrome 91, Firefox 89, Safari 16.4 or later).';
+  if (!WebAssembly.validate(new Uint8Array(simd))) return t('This browser has no WebAssembly SIMD, which the model needs. Use a newer browser or phone (Chrome 91, Firefox 89, Safari 16.4 or later).');
   return null;
 }
 
@@ -26,17 +27,17 @@ export function needsCompat() {
 export async function fetchModel(page, told) {
   const store = await openStore(page.sha256);
   const blobs = [];
-  let before = 0, stored = store !== null, why = store ? '' : 'this address gives no storage (http from another machine, or a private window)';
+  let before = 0, stored = store !== null, why = store ? '' : t('this address gives no storage (http from another machine, or a private window)');
   for (const part of page.parts) {
     const key = `/${part.sha256}`; // not its address: workbook serve gives the same file a new one each time
     const kept = store && (await store.match(key));
     const blob = kept ? await kept.blob() : await download(part, (bytes) => told(before + bytes, page.bytes));
-    if (blob.size !== part.bytes) throw new Error(`${part.url} came with ${blob.size} of ${part.bytes} bytes. Load the page again.`);
+    if (blob.size !== part.bytes) throw new Error(t('{url} came with {size} of {bytes} bytes. Load the page again.', { ...part, size: blob.size }));
     if (store && !kept) {
       try {
         await store.put(key, new Response(blob));
       } catch (error) {
-        [stored, why] = [false, `the browser refused the storage (${error.message})`];
+        [stored, why] = [false, t('the browser refused the storage ({error})', { error: error.message })];
       }
     }
     blobs.push(blob);
@@ -63,7 +64,7 @@ export async function forget() {
 
 async function download(part, told) {
   const response = await fetch(part.url);
-  if (!response.ok) throw new Error(`${part.url}: the server answers ${response.status}.`);
+  if (!response.ok) throw new Error(t('{url}: the server answers {status}', { url: part.url, status: response.status }));
   if (!response.body) return response.blob();
   const pieces = [];
   let bytes = 0;
@@ -131,7 +132,7 @@ export class Engine {
       for (const id of ids) { // token by token, each given those before it
         const answer = await this.wllama.createCompletion({ ...asked, prompt: given, logit_bias: [[id, FORCE]] });
         const [step] = answer.choices[0].logprobs.content;
-        if (step.id !== id) throw new Error(`the label ${name} cannot be scored: token ${id} came back as ${step.id}`);
+        if (step.id !== id) throw new Error(t('the label {name} cannot be scored: token {id} came back as {other}', { name, id, other: step.id }));
         total += step.logprob;
         given += step.token;
         first ??= answer;

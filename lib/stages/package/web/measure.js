@@ -1,6 +1,7 @@
 // "Measure this phone": loading, speed, and whether it answers as the machine that packed the model did.
 import { messagesFor, render } from './prompt.js';
 import { sha256 } from './sha256.js';
+import { t } from './words.js';
 
 const LOADS = 3, RUNS = 5, PROMPT = 128, WRITTEN = 32;
 
@@ -13,13 +14,13 @@ const margins = (values) => values.map((value) => value - Math.max(...values));
 
 /** All measurements; told(sentence) while they run. The keys are checked by `workbook serve --phone`. */
 export async function measure(engine, blobs, rows, told) {
-  told('Computing the file’s SHA-256 …');
+  told(t('Computing the file’s SHA-256 …'));
   const { page } = engine;
   const digest = page.parts.length === 1 ? await sha256(blobs) : await partsDigest(page, blobs);
-  if (digest !== page.sha256) throw new Error('the file’s SHA-256 is not that of the packaged file. Clear this page’s storage and load it again');
+  if (digest !== page.sha256) throw new Error(t('the file’s SHA-256 is not that of the packaged file. Clear this page’s storage and load it again'));
   const load = { seconds: [engine.seconds] };
   while (load.seconds.length < LOADS) {
-    told(`Loading, run ${load.seconds.length + 1} of ${LOADS} …`);
+    told(t('Loading, run {run} of {runs} …', { run: load.seconds.length + 1, runs: LOADS }));
     load.seconds.push(await engine.load(blobs));
   }
   const speed = await speeds(engine, told);
@@ -44,7 +45,7 @@ async function speeds(engine, told) {
   const long = question.repeat(copies);
   const prompt = { tokens: 0, tokens_per_second: [] }, generation = { tokens: 0, tokens_per_second: [] };
   for (let run = 0; run <= RUNS; run++) { // the first one warms up
-    told(run ? `Speed, run ${run} of ${RUNS} …` : 'Speed, warming up …');
+    told(run ? t('Speed, run {run} of {runs} …', { run, runs: RUNS }) : t('Speed, warming up …'));
     const read = await engine.write(long, () => {}, { max_tokens: 1, cache_prompt: false });
     const wrote = await engine.write(question, () => {}, { max_tokens: WRITTEN, ignore_eos: true, cache_prompt: false });
     if (!run) continue;
@@ -59,7 +60,7 @@ async function speeds(engine, told) {
 async function answers(engine, blobs, told) {
   const found = { n: 0, exact: 0, tokens: 0, same_tokens: 0, prompts_as_stored: 0 };
   for (const check of engine.info.checks) {
-    told(`Answering check ${found.n + 1} of ${engine.info.checks.length} …`);
+    told(t('Answering check {check} of {checks} …', { check: found.n + 1, checks: engine.info.checks.length }));
     const prompt = render(messagesFor(check.text, engine.info), engine.info, engine.addsBegin);
     const { ids, promptTokens, stored } = await greedy(engine, blobs, prompt, check);
     let same = 0;
@@ -90,7 +91,7 @@ async function greedy(engine, blobs, prompt, check) {
 async function compareRows(engine, rows, told) {
   const found = { n: 0, agree: 0, largest_gap_nats: null, source: rows.source };
   for (const row of engine.info.labels.length ? rows.rows : []) {
-    told(`Row ${found.n + 1} of ${rows.rows.length} …`);
+    told(t('Row {row} of {rows} …', { row: found.n + 1, rows: rows.rows.length }));
     const prompt = render(messagesFor(row.text, engine.info), engine.info, engine.addsBegin);
     const { scores } = await engine.score(prompt);
     const [here, stored] = [margins(scores), margins(row.labels)];

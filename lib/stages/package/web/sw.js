@@ -1,6 +1,6 @@
 // Use without a network: the page's small files are kept as they were last seen; the model's parts the page keeps itself.
 const NAME = `page ${self.registration.scope}`;
-const FILES = ['./', 'index.html', 'style.css', 'app.js', 'engine.js', 'measure.js', 'prompt.js', 'sha256.js', 'page.json', 'rows.json',
+const FILES = ['./', 'index.html', 'style.css', 'app.js', 'engine.js', 'measure.js', 'prompt.js', 'sha256.js', 'words.js', 'words.json', 'page.json', 'rows.json',
   '../model_info.json', 'wllama/index.min.js', ...(compat() ? ['wllama/compat.js', 'wllama/compat.wasm'] : ['wllama/wllama.wasm'])];
 
 /** As needsCompat of engine.js: which of the two builds this browser takes. */
