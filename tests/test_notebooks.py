@@ -131,7 +131,7 @@ def test_title_subtitle_navigation_and_headings(path: Path) -> None:
     index = NAMES.index(path.stem)
     for neighbour in NAMES[max(0, index - 1) : index] + NAMES[index + 1 : index + 2]:
         assert f"({neighbour}.ipynb)" in needs.source, f"{path.stem} does not link to {neighbour}"
-    for row in ("| Needs |", "| Makes |", "| Time |"):
+    for row in ("| Needs |", "| Makes |"):
         assert row in needs.source
     text = "\n".join(cell.source for cell in cells(path, "markdown"))
     headings = re.findall(r"^(#+) ", re.sub(r"```.*?```", "", text, flags=re.S), flags=re.M)

@@ -72,7 +72,8 @@ class _Page:
 
     def answer(self) -> HTML:
         """The recommendation."""
-        return as_html(markup("answer", self.result.recommendation, sentence("compare.more")))
+        more = sentence("compare.more", verdicts=[entry["verdict"] for entry in self.others])
+        return as_html(markup("answer", self.result.recommendation, more))
 
     def rule(self) -> Markdown:
         """The rule of the verdicts, its formulas, and where the scores lie."""
@@ -117,7 +118,10 @@ class _Page:
     def divergences(self) -> Shown:
         """KL divergence from the reference and perplexity of each file, and which files are efficient by it."""
         measured = {"tokens": self.files[0]["n_tokens"], "window": self.result.conditions["window_tokens"]}
-        found = tabled("compare.divergences", self.files, reference=self.reference, **measured)
+        rows = rows_of("compare.divergences", self.files)
+        if "label_kld" not in self.files[0]:
+            rows = [{key: cell for key, cell in row.items() if key != "label_kld"} for row in rows]
+        found = table(rows, sentence("compare.divergences", reference=self.reference, **measured))
         return found, charts.size_divergence(self.files, self.result.frontier), charts.frontiers(self.result.files)
 
     def speeds(self) -> Shown:
@@ -150,6 +154,8 @@ class _Page:
             n=self.n,
             folds=self.folds,
             margin=self.result.margin,
+            unit=self.result.metric.loss_unit,
+            gain=self.result.fine_tuning_gain,
             at_best=self._at_best(),
         )
 
@@ -316,7 +322,7 @@ class AnswerPage(_Page):
                 said.setdefault(answer["text"] + ("" if answer["ended"] else cut), []).append(name)
             asked = {"prompt": one.get("question") or one.get("prompt")}
             lines += [
-                {**asked, "by": ", ".join(map(retold, by)), "answer": text or retold("(nothing)")}
+                {**asked, "by": retold(", ").join(map(retold, by)), "answer": text or retold("(nothing)")}
                 for text, by in said.items()
             ]
         told = {"shown": len(shown), "rows": len(rows), "prompts": len(prompts)}
@@ -396,7 +402,7 @@ def span(values: Iterable[float], form: str) -> str:
     """The smallest and the largest number, or the one if both read alike."""
     ordered = sorted(values)
     low, high = (f"{limit:{form}}".replace("%", " %") for limit in (ordered[0], ordered[-1]))
-    return low if low == high else f"{low} to {high}"
+    return low if low == high else f"{low} – {high}"
 
 
 # How much of what fine-tuning taught is left in each file's answers.

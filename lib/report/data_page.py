@@ -48,8 +48,8 @@ class DataPage:
 
     @property
     def leaked(self) -> list[bool]:
-        """Of every test row, whether it is leaked."""
-        return [row["leaked"] for row in self.result.rows("test")]
+        """Of every test row, of all folds, whether it is leaked."""
+        return [row["leaked"] for row in self.result.tested()]
 
     def source(self) -> HTML:
         """Where rows and base model come from, with what tells them from all others."""
@@ -93,14 +93,17 @@ class DataPage:
         return tell("data.characters", audit=audit)
 
     def copies(self) -> HTML:
-        """Duplicates."""
-        return display.table(self.result.duplicates, sentence("data.copies", labelled=self.labelled))
+        """Duplicates, and what one split had of another before the rows were divided anew."""
+        found = display.table(self.result.duplicates, sentence("data.copies", labelled=self.labelled))
+        if self.result.overlaps == self.result.overlaps_used or not _any_copies(self.result.overlaps):
+            return found
+        return display.stacked(found, display.table(self.result.overlaps, sentence("data.overlaps", as_read=True)))
 
     def overlaps(self) -> HTML | Markdown:
         """Leaks between splits."""
-        if not self.result.overlaps:
+        if not _any_copies(self.result.overlaps_used):
             return absent("data.no_overlaps")
-        return display.table(self.result.overlaps, sentence("data.overlaps"))
+        return display.table(self.result.overlaps_used, sentence("data.overlaps", as_read=False))
 
     def leaks(self) -> Markdown:
         """How many test rows are leaked."""
@@ -192,6 +195,11 @@ class LabelPage(DataPage):
         rows, commonest = len(self.leaked), max(map(sum, test["all"]["confusion"])) / test["all"]["n"]
         told = {"rows": rows, "clean": clean, "floor": test["all"], "commonest": commonest}
         return tell("data.labels_learned", **told, **self._totals())
+
+
+def _any_copies(overlaps: Iterable[Row]) -> bool:
+    """Whether any of the counts of copies is more than 0."""
+    return any(line[key] for line in overlaps for key in line if key not in ("rows of", "also in", "rows", "compared"))
 
 
 def independent_rows(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -310,7 +310,7 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
         css=stylesheet(),
         stages=stages,
         state=state,
-        more=sentence("compare.more"),
+        more=sentence("compare.more", verdicts=[file.get("verdict") for file in summary.files]),
         picture=_picture(summary),
         qualities=_qualities_table(summary) if summary.qualities else None,
         written=_written_table(summary.written) if summary.written else None,

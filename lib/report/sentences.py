@@ -74,9 +74,9 @@ def cell_text(value: Any, form: str = "") -> str:
     if isinstance(value, bool):
         return translated("yes" if value else "no")
     if isinstance(value, Interval):
-        return format(value, form or ".4g")
+        return format(value, form or ".4g").replace("%", "\u00a0%")
     if isinstance(value, (int, float)) and form:
-        return "0" if value == 0 and form.endswith("e") else format(value, form)
+        return "0" if value == 0 and form.endswith("e") else format(value, form).replace("%", "\u00a0%")
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     if isinstance(value, int):

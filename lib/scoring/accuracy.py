@@ -158,6 +158,11 @@ class Accuracy:
             }
         return found
 
+    def loss(self, reference: Scores, other: Scores) -> float:
+        """What `compare` calls the loss of one model, alone."""
+        change = other.correct.astype(np.float64) - reference.correct
+        return -100 * float(np.average(change, weights=balanced_weights(reference.labels)))
+
     def floor(self, tokenizer: Any, task: Task, train: Path | None, rows: Sequence[Row]) -> float:
         """What a model that has learned nothing but frequencies reaches on the rows; None where it is not known.
 

@@ -117,6 +117,10 @@ class AnswerPerplexity:
             found[name] = {**self.own(others[name], groups, seed), **test}
         return found
 
+    def loss(self, reference: AnswerScores, other: AnswerScores) -> float:
+        change = np.average(other.row_losses - reference.row_losses, weights=reference.tokens)
+        return 100 * math.expm1(float(change))
+
     def floor(self, tokenizer: Any, task: Task, train: Path | None, rows: Sequence[Row]) -> float | None:
         """Perplexity of the rows' answers under the token frequencies of the training answers alone (add-one
         smoothed); None without training rows."""

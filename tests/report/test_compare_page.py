@@ -104,6 +104,7 @@ def made(metric: Metric, scores: dict[str, Any]) -> SimpleNamespace:
             "reason": "not shown",
         },
         retention_note="A note.",
+        fine_tuning_gain=0.2,
         written=written,
         generated=[
             {
@@ -178,6 +179,29 @@ def test_the_conclusions_name_no_file_worse_that_was_not_shown_to_be(kind: str) 
     assert "Some loss of Q2_K is certain, and shown" in " ".join(compare_page.page_of(result).learned().data.split())
     result.others = [result.others[0], {**result.others[1], "verdict": "worse"}]
     assert "Q2_K is shown to be worse" in " ".join(compare_page.page_of(result).learned().data.split())
+
+
+@both
+def test_a_margin_wider_than_what_fine_tuning_gained_is_named(kind: str) -> None:
+    result = copy(COMPARISONS[kind])
+    said = " ".join(compare_page.page_of(result).learned().data.split())
+    assert f"Fine-tuning itself gained 0.20 {result.metric.loss_unit} on these rows, less than the margin of 1:" in said
+    for gain in (None, 1.5):
+        result.fine_tuning_gain = gain
+        assert "Fine-tuning itself" not in compare_page.page_of(result).learned().data
+
+
+@both
+def test_the_answers_fold_promises_what_it_holds(kind: str) -> None:
+    result = copy(COMPARISONS[kind])
+    for verdicts, title in (
+        (("good enough", "good enough"), "The figures behind it"),
+        (("good enough", "not shown"), "What was not decided, and the figures behind it"),
+        (("worse", "good enough"), "What is worse, and the figures behind it"),
+        (("worse", "not shown"), "What was not decided, what is worse, and the figures behind it"),
+    ):
+        result.others = [{**e, "verdict": v} for e, v in zip(result.others, verdicts, strict=False)]
+        assert f"<summary>{title}</summary>" in compare_page.page_of(result).answer().data
 
 
 @both

@@ -30,7 +30,7 @@ def test_keys_become_headings_and_formats() -> None:
 
 def test_headings_of_the_data_and_formats_of_the_caller() -> None:
     found = display.build([{"rows: a < b": 0.5, "share": 0.25, "KL, nats ↓": 0.0}], "", {"share": ".1%"})
-    assert found.headings == ["rows: a < b", "share", "KL, nats ↓"] and found.rows == [["0.5", "25.0%", "0"]]
+    assert found.headings == ["rows: a < b", "share", "KL, nats ↓"] and found.rows == [["0.5", "25.0\u00a0%", "0"]]
     assert "<th" in display.table([{"a < b": None}], "c").data and "a &lt; b" in display.table([{"a < b": 1}], "c").data
 
 

@@ -54,10 +54,13 @@ class Retentions:
     Attributes:
         by_name: slopes, without the reference, which keeps all by definition; empty where it is unknown.
         note: what they rest on, or why there are none.
+        gain: what fine-tuning gained on these rows: the base's loss against the reference, in the metric's unit; None
+            where the base's scores are not known.
     """
 
     by_name: dict[str, Interval] = field(default_factory=dict)
     note: str = WITHOUT_RUN
+    gain: float | None = None
 
 
 def base_scores(run: Run) -> BaseScores:
@@ -107,7 +110,7 @@ def _merged_into_other_weights(run: Run) -> bool:
 
 def with_retention(content: Mapping[str, Any], kept: Retentions, grid: Mapping[str, float]) -> dict[str, Any]:
     """The content of comparison.json with what is known now of the base: "retention", "retention_interval" and
-    "source_grid" of every entry, "retention_note", and the recommendation's "warning".
+    "source_grid" of every entry, "retention_note", "fine_tuning_gain", and the recommendation's "warning".
 
     Nothing of it needs a file to be scored again, so it is filled in anew whenever a comparison is read.
 
@@ -121,7 +124,8 @@ def with_retention(content: Mapping[str, Any], kept: Retentions, grid: Mapping[s
     advice = content["recommendation"]
     named = [entry for entry in files if entry["kind"] == GGUF and advice["type"] in (None, entry["type"])]
     advice = {**advice, "warning": retention_warning(*named)}
-    return {**content, "files": files, "recommendation": advice, "retention_note": kept.note}
+    told = {"retention_note": kept.note, "fine_tuning_gain": kept.gain}
+    return {**content, "files": files, "recommendation": advice, **told}
 
 
 def _kept(name: str, reference: str, kept: Retentions) -> dict[str, Any]:
@@ -151,19 +155,21 @@ def retentions(metric: Metric, scores: Mapping[str, AnyScores], start: BaseScore
     if start.base.ids != scores[reference].ids:
         return Retentions(note="03 scored other rows.")
     base, tuned = metric.vectors(start.base), metric.vectors(scores[reference])
-    moved = metric.movement(tuned - base)
+    moved, gain = metric.movement(tuned - base), metric.loss(scores[reference], start.base)
     if moved < metric.least_move:
         found = f"Fine-tuning moved the test rows by {moved:.2g} {metric.move_unit} (root mean square)"
-        return Retentions(note=f"{found}, too little to tell what share of it a file keeps.")
+        return Retentions(note=f"{found}, too little to tell what share of it a file keeps.", gain=gain)
     noise = None
     if start.tuned is not None and start.tuned.ids == start.base.ids:
         noise = (metric.movement(tuned - metric.vectors(start.tuned)) / moved) ** 2
     if noise is not None and noise > MOST_NOISE:
-        return Retentions(note=data_file("stages/compare/notes.yaml")["noise"].format(share=100 * noise))
+        note = data_file("stages/compare/notes.yaml")["noise"].format(share=100 * noise)
+        return Retentions(note=note, gain=gain)
     sure = "how much the two programs differ is not known" if noise is None else f"at most {noise:.1g} of it is noise"
     return Retentions(
         {name: slope_through_origin(tuned - base, metric.vectors(scores[name]) - base, groups) for name in names},
         f"Fine-tuning moved the {len(base):,} test rows by {moved:.3g} {metric.move_unit} (root mean square); {sure}.",
+        gain,
     )
 
 

@@ -47,7 +47,8 @@ def recommend(
     """The recommendation: the smallest file that is good enough.
 
     Args:
-        reference, files: entries of comparison.json; of the files only those of `smaller` can be recommended.
+        reference, files: entries of comparison.json; of the files only those of `smaller` can be recommended; folders for
+            other programs are named in the details.
         margin: in `metric.loss_unit`. floor: what the reference must beat (`Metric.floor`).
         trained: False of a run in which nothing is trained, which nobody is told to do first.
 
@@ -61,11 +62,13 @@ def recommend(
         that is and the facts beside it; with the headline at most 60 words) and "details" (paragraphs behind blank
         lines). Whoever reads a comparison adds a "warning" (`lib.stages.compare.changes.with_retention`).
     """
+    folders = [entry for entry in files if entry["kind"] != GGUF]
     files = smaller(reference, files)
     order, folds = noninferiority.by_size(files), reference.get("folds")
     passed = noninferiority.good_enough(files, margin)
     problem = "alone" if not files else metric.problem(reference, floor)
-    verdict = {} if problem else noninferiority.verdicts(files, [], margin)  # by this margin, which may be a user's own
+    # by this margin, which may be a user's own
+    verdict = {} if problem else noninferiority.verdicts(files, folders, margin)
     chosen = None if problem or not passed else order[len(passed) - 1]
     ended = None if problem or len(passed) == len(order) else order[len(passed)]
     needed = _rows_needed(metric, ended, margin) if ended else None
@@ -88,11 +91,16 @@ def recommend(
         limit_nats=noninferiority.NO_HARM_NATS,
         rows_at_best=noninferiority.rows_for(0.0, margin / 100) if unproven else None,
         rows_needed=needed and _two_digits(needed),
+        after=[e["type"] for e in order[len(passed) + 1 :] if verdict.get(e["type"]) == noninferiority.NOT_SHOWN],
         folds=folds,
         fewest=noninferiority.FEWEST_GROUPS,
         groups=noninferiority.fewest_groups(reference),
         least_margin=100 * noninferiority.least_margin(reference["n"] / reference.get("copies_effect", 1.0)),
-        worse=[] if problem else [entry for entry in order if verdict[entry["type"]] == noninferiority.WORSE],
+        worse=[entry for entry in order if verdict.get(entry["type"]) == noninferiority.WORSE],
+        **{
+            f"{name}_folders": [entry for entry in folders if verdict.get(entry["type"]) == word]
+            for name, word in (("open", noninferiority.NOT_SHOWN), ("worse", noninferiority.WORSE))
+        },
     )
     return {
         "rule": _written(

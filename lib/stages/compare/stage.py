@@ -51,6 +51,7 @@ class ComparisonResult:
         skipped: {"format", "reason"} of every export format that could not be made here.
         agreement: equal labels by margin for each pair of models; none without labels.
         retention_note: what the entries' retention rests on, or why it is unknown.
+        fine_tuning_gain: the base's loss against the reference on the run's own test rows; None where it is unknown.
         steps: the error ladder, adapter to quantized file; empty without a merged model.
         steps_note: why its first step is missing, in words.
         written: what every GGUF file and the merged model wrote to test rows whose answers are free text, measured:
@@ -69,6 +70,7 @@ class ComparisonResult:
     data: dict[str, Any]
     notes: list[str]
     retention_note: str
+    fine_tuning_gain: float | None
     skipped: list[dict[str, str]]
     agreement: list[dict[str, Any]]
     steps: list[dict[str, Any]]
@@ -134,11 +136,11 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
     content = _read(run, product.path, metric, rows)
     steps, steps_note = steps_of(run, product.path, content, metric, rows)
     wrote = (product.path / WRITTEN).is_file()
-    kept = ("reference", "files", "frontier", "recommendation", "conditions", "data", "notes", "retention_note")
+    kept = ("reference", "files", "frontier", "recommendation", "conditions", "data", "notes")
     return ComparisonResult(
         product=product,
         metric=metric,
-        **{key: content[key] for key in kept},
+        **{key: content[key] for key in (*kept, "retention_note", "fine_tuning_gain")},
         skipped=_exports(run)["skipped"],
         agreement=content.get("agreement") or [],
         steps=steps,

@@ -55,7 +55,7 @@ class DataResult:
         duplicates: copies and conflicts within each split, and over all rows.
         overlaps: rows of one split that are copies of another's, as read.
         overlaps_used: the same after splitting (equal to `overlaps` when the split is the given one).
-        leaked_examples, conflict_examples: as text.
+        leaked_examples: after splitting, as text. conflict_examples: as read.
         lengths: tokens of each used row, by split; length_table: percentiles and truncated share.
         example: one row as the model sees it (see `worked_example`).
         floor: the linear floor (see `baseline.linear_floor`); empty without labels: there is nothing to classify.
@@ -223,6 +223,7 @@ def _build(settings: Settings, fold: int, work: ProductDraft) -> None:
         "changes": dict(divided.changes + table.changes),
         **divided.audit,
         "overlaps_used": divided.audit_after["overlaps"],
+        "leaked_examples": divided.audit_after["leaked_examples"],
         "balance": [kind.shape(name, rows) for name, rows in splits.items()],
         "text_audit": audit_texts({name: [kind.audited(row) for row in rows] for name, rows in splits.items()}),
         "lengths": lengths,

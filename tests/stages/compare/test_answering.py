@@ -52,6 +52,23 @@ def test_the_smallest_good_enough_file_is_recommended(entries: list[dict]) -> No
     assert "Worse than F16: Q2_K (answer perplexity +2" in found["details"] and "Worse: Q2_K." in found["text"]
 
 
+def test_folders_are_named_in_the_details_alone(entries: list[dict]) -> None:
+    *files, last = entries[1:]
+    folders = [{**last, "type": "nf4", "kind": "folder"}, {**entries[3], "type": "int8", "kind": "folder"}]
+    assert entries[3]["verdict"] == "worse"
+    found = recommend(ANSWER_PERPLEXITY, entries[0], [*files, *folders], 1.0, 500.0)
+    assert "Not shown, of folders for other programs: nf4 (answer perplexity" in found["details"]
+    assert ", int8 (" in found["details"].partition("Worse than F16: Q2_K")[2]
+    assert "nf4" not in found["text"] + found["headline"] and found["type"] == "Q4_K_M"
+
+
+def test_files_behind_the_last_test_are_named(entries: list[dict]) -> None:
+    reference, fine, noisy = entries[0], entries[1], entries[4]
+    behind = {**fine, "type": "smaller", "bytes": noisy["bytes"] - 1}
+    found = recommend(ANSWER_PERPLEXITY, reference, [noisy, behind], 1.0, 500.0)
+    assert found["ended_by"] == "noisy" and "The tests end there; not shown either: smaller." in found["details"]
+
+
 def test_nothing_is_recommended_without_evidence(entries: list[dict]) -> None:
     found = recommend(ANSWER_PERPLEXITY, entries[0], entries[4:], 1.0, None)
     assert (found["type"], found["reason"]) == (None, "not shown") and "Not shown: noisy" in found["details"]

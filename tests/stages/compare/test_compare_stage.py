@@ -67,6 +67,8 @@ def test_stage(ladder: Ladder, home: Path) -> None:
     assert not known.product.made, "scores of 03 that come later need no file scored again"
     assert 0 < known.entry("Q2_K")["retention"] < 1.2 and known.entry("F16")["retention"] == 1
     assert "moved the 40 test rows" in known.retention_note
+    lost = known.scores("F16").correct.mean() - base.correct.mean()
+    assert again.fine_tuning_gain is None and known.fine_tuning_gain == pytest.approx(100 * lost)
 
 
 def test_files_are_judged_on_the_rows_of_all_folds(ladder: Ladder, home: Path) -> None:

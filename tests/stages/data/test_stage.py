@@ -10,6 +10,8 @@ import pytest
 
 from lib.cli.evaluate import RowOptions
 from lib.errors import InputError
+from lib.report.data_page import page_of
+from lib.report.display import ABSENT
 from lib.runs.files import read_json
 from lib.runs.run import open_run
 from lib.settings import Settings, check
@@ -141,7 +143,9 @@ def test_a_single_file_is_split_by_cluster(home: Path):
     groups = [{row["group"] for row in part} for part in parts.values()]
     assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
     assert not any(row["leaked"] for part in parts.values() for row in part)
-    assert all(line["or near-duplicate"] == 0 for line in result.overlaps_used)
+    assert all(line["or near-duplicate"] == 0 for line in result.overlaps_used) and not result.leaked_examples
+    page = page_of(result)
+    assert page.overlaps().metadata == {ABSENT: True}
     assert result.product.entry.notes == ["offline base model: not a result about Qwen"]
 
 

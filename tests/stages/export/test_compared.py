@@ -153,7 +153,7 @@ def test_weights_of_the_file_computed_by_transformers(compared: tuple[dict, Path
 def test_advice_and_frontier_are_about_gguf_files(compared: tuple[dict, Path, Path]) -> None:
     result = compared[0]
     assert result["frontier"] == ["Q8_0"] and "GGUF" in result["recommendation"]["rule"]
-    said = " ".join(result["recommendation"][part] for part in ("headline", "text", "details"))
+    said = " ".join(result["recommendation"][part] for part in ("headline", "text"))
     assert "nf4" not in said and "bf16" not in said
     only = recommend(ACCURACY, result["files"][0], [], 1.0, None)
     assert only["type"] is None and "no smaller GGUF file was compared with F16" in only["headline"]
