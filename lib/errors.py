@@ -114,6 +114,7 @@ EXTRAS = {
     **dict.fromkeys(("fastapi", "segno", "sse_starlette", "starlette", "uvicorn"), "serve"),
     **dict.fromkeys(("starlette_context", "pydantic_settings"), "serve"),
     **dict.fromkeys(("compressed_tensors", "llmcompressor"), "gptq"),
+    **dict.fromkeys(("onnx", "onnx_ir", "onnxruntime", "onnxruntime_genai"), "onnx"),
     **dict.fromkeys(("IPython", "jupyter_client", "matplotlib", "nbclient", "nbconvert"), "lab"),
     **dict.fromkeys(("bs4", "cycler", "nbformat", "papermill", "pygments", "traitlets"), "lab"),
     "modelscope": "modelscope",

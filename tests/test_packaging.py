@@ -40,7 +40,7 @@ def environment() -> dict:
     return yaml.safe_load((PROJECT / "environment.yml").read_text(encoding="utf-8"))
 
 
-LOCKED = ("torch", "gguf", "serve", "gptq", "lab", "dev")
+LOCKED = ("torch", "gguf", "serve", "gptq", "onnx", "lab", "dev")
 """Extras that the lock holds; modelscope is installed by those who want it."""
 
 

@@ -354,11 +354,14 @@ def _torch() -> list[Check]:
 
 def _libraries() -> list[Check]:
     words = f"{version_of('bitsandbytes')}: a small NF4 product is right"
-    exporters = ("llmcompressor", "torchao")  # each makes one export format
+    exporters = ("llmcompressor", "torchao", "onnxruntime-genai")  # each makes export formats
     return [
         _check("bitsandbytes", words, machine.bitsandbytes_problem()),
         _llama_cpp(),
-        *(_check(name, version_of(name), not machine.has_module(name) and "not installed") for name in exporters),
+        *(
+            _check(name, version_of(name), not machine.has_module(name.replace("-", "_")) and "not installed")
+            for name in exporters
+        ),
     ]
 
 

@@ -10,6 +10,7 @@ from lib.errors import InputError, refusal, refusing
 from lib.models.adapters import copy_weights, read_adapter, require_adapter
 from lib.models.base_model import check_model_folder
 from lib.models.configurations import as_peft_reads, read_adapter_configuration, read_configuration
+from lib.models.onnx_folder import is_onnx, onnx_files
 from lib.models.weights import infinite, open_weights
 from lib.runs import machine
 from lib.runs.files import write_json
@@ -23,8 +24,14 @@ LIBRARIES = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_t
 """quant_method of config.json → the package that transformers needs to read it."""
 
 
+ONNX = "ONNX Runtime"
+"""What `quantization_method` says of folders that no transformers reads."""
+
+
 def quantization_method(folder: Path) -> str | None:
-    """`quant_method` of the folder's config.json; None for a folder of plain weights (or no folder at all)."""
+    """`quant_method` of the folder's config.json, or `ONNX`; None for plain weights (or no folder at all)."""
+    if is_onnx(folder):
+        return ONNX
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -32,8 +39,13 @@ def quantization_method(folder: Path) -> str | None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes on the disk of the folder's weight files (safetensors)."""
-    return sum(path.stat().st_size for path in open_weights(folder).files)
+    """Bytes on the disk of the folder's weight files (safetensors; of ONNX graph and weights)."""
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights."""
+    return onnx_files(folder) if is_onnx(folder) else [*open_weights(folder).files]
 
 
 def count_weights(folder: Path) -> int:

@@ -342,6 +342,9 @@ def _no_weights(folder: Path) -> InputError:
     if others:
         kind = f"no weights that transformers looks for, but {', '.join(others[:4])}" + (", …" if others[4:] else "")
         do = next(words for start, words in _ELSEWHERE.items() if others[0].startswith(start))
+    elif any(folder.glob("*.onnx")):
+        kind = "a model for ONNX Runtime, and no weights for transformers"
+        do = "give the folder that it was made of; workbook evaluate, ask and perplexity run this one, too."
     return InputError(f"{folder} holds {kind}.", f"{SINGLE} or {INDEX}.", do)
 
 

@@ -24,12 +24,17 @@ def write_papers(folder: Path, report: Mapping[str, Any], prompts: Sequence[Mapp
     Args:
         report: the content of export_report.json. prompts: those that the formats were asked; the first is the example.
     """
-    folders = [{**r, "note": FORMATS[r["format"]].note} for r in report["formats"] if r["format"] in FORMATS]
+    folders = [
+        {**r, "note": FORMATS[r["format"]].note, "runs_in": FORMATS[r["format"]].runs_in}
+        for r in report["formats"]
+        if r["format"] in FORMATS
+    ]
     gguf = [record for record in report["formats"] if record["format"] not in FORMATS]
     values = {
         "report": report,
         "folders": folders,
         "gguf": gguf,
+        "onnx": any(record["runs_in"] != "transformers" for record in folders),
         "question": prompts[0]["prompt"],
         "thinks": report["merged_model"]["checks"]["thinking"] is not None,
         "chatter": CHATTER,

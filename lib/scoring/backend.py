@@ -220,6 +220,9 @@ class Job:
     reads: tuple[tuple[int, int, int], ...]
 
 
+Feed = Callable[[Sequence[int]], np.ndarray]
+"""Takes further token ids of one text and gives the logits behind the last, (V,)."""
+
 Run = Callable[[Sequence[Job]], list[np.ndarray]]
 """Computes one batch: the read log-probabilities of each job."""
 
@@ -252,6 +255,11 @@ class Backend(ABC):
     @abstractmethod
     def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
         """The same as log-softmax."""
+
+    @abstractmethod
+    def new_text(self) -> Feed:
+        """Takes the token ids of a new text, piece by piece, which is kept in a key-value cache; whatever another one
+        held may be forgotten."""
 
     @abstractmethod
     def close(self) -> None:

@@ -1,10 +1,10 @@
-"""Answers written token by token, greedily or drawn with a fixed seed, by the same code for both backends."""
+"""Answers written token by token, greedily or drawn with a fixed seed, by the same code for all backends."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +16,14 @@ from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task, spread
 from lib.prompts.templates import ASSISTANT, SYSTEM, USER, end_of_turn_id, read_block, think_tags
 from lib.scoring import answer_metrics
-from lib.scoring.backend import Backend, Keep, check_ids, keeping
+from lib.scoring.backend import Backend, Feed, Keep, keeping
 from lib.scoring.text_metrics import chrf, chrf_signature, measure, read_stream, summarise
 from lib.scoring.word_lists import TermList, read_terms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lib.scoring.llama_backend import LlamaCppBackend
     from lib.settings import Settings
-
-
-Feed = Callable[[Sequence[int]], np.ndarray]
-"""Takes further token ids of one text and gives the logits behind the last, (V,)."""
 
 
 @dataclass(frozen=True)
@@ -118,42 +113,6 @@ def pick(logits: np.ndarray, sampling: Sampling | None, draw: np.random.Generato
     kept = int(np.searchsorted(sums, sampling.top_p)) + 1  # the one that reaches top_p belongs to them
     place = np.searchsorted(sums[:kept], draw.random() * sums[min(kept, len(sums)) - 1], side="right")
     return int(order[min(int(place), kept - 1)])
-
-
-def torch_feed(model: Any) -> Feed:
-    """A new text for a model of transformers, with its key-value cache."""
-    import torch
-
-    cache: Any = None
-
-    @torch.inference_mode()
-    def feed(ids: Sequence[int]) -> np.ndarray:
-        nonlocal cache
-        given = torch.tensor([list(ids)], device=model.device)
-        output = model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        return output.logits[0, -1].float().cpu().numpy()
-
-    return feed
-
-
-def llama_feed(backend: LlamaCppBackend) -> Feed:
-    """A new text for a GGUF file; whatever its context held is forgotten.
-
-    The context must have room for prompt and answer (`n_ctx`).
-    """
-    backend.clear()
-    done = 0
-
-    def feed(ids: Sequence[int]) -> np.ndarray:
-        nonlocal done
-        check_ids([list(ids)], backend.vocab_size, backend.n_ctx - done, backend.name)
-        last = len(ids) - 1
-        backend.decode([(token, done + i, (0,), i == last) for i, token in enumerate(ids)])
-        done += len(ids)
-        return backend.logits(last)
-
-    return feed
 
 
 # Prompts of test rows and of people, answered by a model, and the answers as text and as numbers.
@@ -315,11 +274,10 @@ def _likeness(text: str, first: str | None) -> dict[str, Any]:
 
 
 def write_all(
-    start: Callable[[], Feed],
+    backend: Backend,
     prompts: Sequence[list[int]],
     most: int,
     ends: Collection[int],
-    backend: Backend,
     keep: Keep | None,
     what: str = "answers",
     sampling: Sampling | None = None,
@@ -327,7 +285,6 @@ def write_all(
     """Answers to all prompts, one after another, and what of them an interrupted run had written, in words.
 
     Args:
-        start: gives the feed of a new text (`torch_feed`, `llama_feed`).
         most, ends, sampling: as of `write`.
         keep: a file that gets every answer as it comes; answers that are in it are not written again.
         what: another word for the answers.
@@ -337,7 +294,7 @@ def write_all(
     question = {"most": most, "ends": sorted(ends), "sampling": sampling and asdict(sampling)}
     with keeping(keep, words, unit, names, prompts, backend.settings, writing=question) as work:
         for place, ids in enumerate(prompts):
-            answer = functools.partial(write, start(), ids, most, ends, sampling)
+            answer = functools.partial(write, backend.new_text(), ids, most, ends, sampling)
             (made,) = work.take([place], lambda answer=answer: [asdict(answer())], _is_written)
             answers.append(Written(**made))
             work.progress.advance()

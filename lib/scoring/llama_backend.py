@@ -17,7 +17,7 @@ import numpy as np
 from lib.errors import InputError, refusal
 from lib.models.gguf_file import check_gguf
 from lib.runs.machine import llama_cpp_problem, physical_cores
-from lib.scoring.backend import Backend, Job, Run, common_prefix, grouped
+from lib.scoring.backend import Backend, Feed, Job, Run, check_ids, common_prefix, grouped
 
 # llama.cpp's log: silenced, its last error lines kept for error messages, every line passed to one listener.
 #
@@ -250,6 +250,21 @@ class LlamaCppBackend(Backend):
         if not pointer:
             raise RuntimeError(f"llama.cpp has no logits for token {index} of the batch")
         return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).astype(np.float64)
+
+    def new_text(self) -> Feed:
+        """See `lib.scoring.backend.Backend`; the context must have room for the whole text (`n_ctx`)."""
+        self.clear()
+        done = 0
+
+        def feed(ids: Sequence[int]) -> np.ndarray:
+            nonlocal done
+            check_ids([list(ids)], self.vocab_size, self.n_ctx - done, self.name)
+            last = len(ids) - 1
+            self.decode([(token, done + i, (0,), i == last) for i, token in enumerate(ids)])
+            done += len(ids)
+            return self.logits(last)
+
+        return feed
 
     def close(self) -> None:
         """Free the model's memory; may be called twice."""

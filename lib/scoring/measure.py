@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError, refusal
-from lib.models.base_model import check_model_folder
 from lib.models.configurations import read_configuration
 from lib.models.gguf_file import read_metadata
 from lib.models.gguf_tokenizer import refuse_bad_vocabulary
-from lib.models.loading import affordable_dtype, load_as_saved, load_model, load_tokenizer, quantization_method
+from lib.models.loading import affordable_dtype, load_model, load_tokenizer, quantization_method
 from lib.runs.child import run_child
 from lib.runs.files import user_path
 from lib.scoring.backend import Backend
+from lib.scoring.folders import check_folder, open_folder
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.perplexity import Positions, positions, scored_tokens, table_of
 from lib.statistics.paired import clustered_bootstrap_t, clustered_share
@@ -196,7 +196,7 @@ def _dtype(paths: Sequence[Path]) -> str:
     """In what model folders are computed, both in the same: where memory allows it in what llama.cpp computes in."""
     folders = [path for path in paths if path.is_dir()]
     for folder in folders:
-        check_model_folder(folder)
+        check_folder(folder)
     return affordable_dtype(*(folder for folder in folders if not quantization_method(folder)))
 
 
@@ -225,8 +225,10 @@ def _open(path: Path, argument: dict[str, Any], dtype: str) -> tuple[Backend, An
         import torch
 
         torch.set_num_threads(argument["n_threads"])
-    model = load_as_saved(path) if quantization_method(path) else load_model(path, dtype)
-    return TransformersBackend(model, name=path.name), load_tokenizer(path, chat=False)
+    tokenizer = load_tokenizer(path, chat=False)
+    if quantization_method(path):
+        return open_folder(path, name=path.name, n_threads=argument["n_threads"]), tokenizer
+    return TransformersBackend(load_model(path, dtype), name=path.name), tokenizer
 
 
 def _tokenize(opened: list[tuple[Backend, Any]], paths: list[Path], text: Text) -> Tokens:

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from lib.errors import InputError
 from lib.runs.machine import return_freed_memory
-from lib.scoring.backend import Backend, Job, Run, common_prefix, cut, grouped
+from lib.scoring.backend import Backend, Feed, Job, Run, common_prefix, cut, grouped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -242,6 +242,20 @@ class TransformersBackend(Backend):
     def window_log_probs(self, ids: list[int], first: int = 0) -> np.ndarray:
         """See `lib.scoring.backend.Backend`."""
         return torch.log_softmax(torch.from_numpy(self.window_logits(ids, first)), dim=-1).numpy()
+
+    def new_text(self) -> Feed:
+        """See `lib.scoring.backend.Backend`."""
+        cache: Any = None
+
+        @torch.inference_mode()
+        def feed(ids: Sequence[int]) -> np.ndarray:
+            nonlocal cache
+            given = torch.tensor([list(ids)], device=self._device)
+            output = self.model(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            return output.logits[0, -1].float().cpu().numpy()
+
+        return feed
 
     def close(self) -> None:
         """Drop the references to the model; on a GPU its memory is given back."""

@@ -104,7 +104,12 @@ def test_table_escapes_and_formats() -> None:
     page = display.table(
         [{"text": "<b>|x", "n": 1234, "share": 0.12345, "none": None}], "cap & tion", {"share": ".1%"}
     ).data
-    assert "&lt;b&gt;|x" in page and "1,234" in page and "12.3\u00a0%" in page and "<td>–</td>" not in page.split("none")[0]
+    assert (
+        "&lt;b&gt;|x" in page
+        and "1,234" in page
+        and "12.3\u00a0%" in page
+        and "<td>–</td>" not in page.split("none")[0]
+    )
     assert "<caption>cap &amp; tion</caption>" in page and page.count("<th ") == 4
 
 

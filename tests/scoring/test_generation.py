@@ -10,7 +10,8 @@ import pytest
 from lib.errors import InputError
 from lib.models.gguf_tokenizer import token_bytes
 from lib.runs.machine import llama_cpp_problem
-from lib.scoring.generation import Sampling, end_ids, llama_feed, pick, torch_feed, write
+from lib.scoring.generation import Sampling, end_ids, pick, write
+from lib.scoring.torch_backend import TransformersBackend
 from tests.scoring.conftest import Tiny
 
 PROMPTS = ["房间很干净", "服务不好，但是早餐方便。", "贵"]
@@ -24,7 +25,7 @@ def test_greedy_is_what_transformers_generates(small: Tiny) -> None:
     import torch
 
     for ids in prompt_ids(small):
-        found = write(torch_feed(small.model), ids, 24, ends=())
+        found = write(TransformersBackend(small.model).new_text(), ids, 24, ends=())
         given = torch.tensor([ids])
         plain = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         wanted = small.model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=24, **plain)
@@ -35,11 +36,11 @@ def test_greedy_is_what_transformers_generates(small: Tiny) -> None:
 
 def test_an_end_token_ends_it_and_is_no_part_of_it(small: Tiny) -> None:
     ids = prompt_ids(small)[0]
-    whole = write(torch_feed(small.model), ids, 10, ends=()).ids
+    whole = write(TransformersBackend(small.model).new_text(), ids, 10, ends=()).ids
     end = whole[4]
-    found = write(torch_feed(small.model), ids, 10, ends={end})
+    found = write(TransformersBackend(small.model).new_text(), ids, 10, ends={end})
     assert found.ended and found.ids == whole[: whole.index(end)] and found.steps == len(found.ids) + 1
-    at_once = write(torch_feed(small.model), ids, 10, ends={whole[0]})
+    at_once = write(TransformersBackend(small.model).new_text(), ids, 10, ends={whole[0]})
     assert (at_once.ids, at_once.ended, at_once.tokens_per_second) == ([], True, None)
     assert small.tokenizer.convert_tokens_to_ids("<|im_end|>") in end_ids(small.tokenizer)
 
@@ -52,10 +53,10 @@ def test_llama_cpp_writes_the_same(small: Tiny) -> None:
     with LlamaCppBackend(small.gguf, 64, 1, cache_type="f32", flash_attention=False) as backend:
         for ids in prompt_ids(small):
             for sampling in (None, drawn):
-                wanted = write(torch_feed(small.model), ids, 16, (), sampling)
-                assert write(llama_feed(backend), ids, 16, (), sampling).ids == wanted.ids
+                wanted = write(TransformersBackend(small.model).new_text(), ids, 16, (), sampling)
+                assert write(backend.new_text(), ids, 16, (), sampling).ids == wanted.ids
         with pytest.raises(InputError, match="context"):
-            write(llama_feed(backend), [1] * 60, 8, ())
+            write(backend.new_text(), [1] * 60, 8, ())
         assert [backend.piece(i) for i in range(100, 200)] == token_bytes(small.tokenizer, range(100, 200))
 
 
@@ -76,7 +77,8 @@ def test_draws_follow_the_probabilities_within_top_p() -> None:
 def test_one_seed_one_answer(small: Tiny) -> None:
     ids = prompt_ids(small)[1]
     first, again, other = (
-        write(torch_feed(small.model), ids, 20, (), Sampling(2.0, 1.0, seed)).ids for seed in (1, 1, 2)
+        write(TransformersBackend(small.model).new_text(), ids, 20, (), Sampling(2.0, 1.0, seed)).ids
+        for seed in (1, 1, 2)
     )
     assert first == again != other
 

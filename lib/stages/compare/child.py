@@ -7,7 +7,6 @@ measured is the same. For llama.cpp only numpy and llama_cpp are imported: a pro
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -18,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError, refusal
+from lib.models.onnx_folder import is_onnx
 from lib.models.weights import open_weights
 from lib.prompts.tasks import Task, texts_of
 from lib.runs.child import peak_memory_mib
 from lib.runs.machine import no_warnings, quiet
 from lib.scoring.backend import Keep, kept_peak_memory_mib, model_hash
-from lib.scoring.generation import torch_feed
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.log_probabilities import RowIds, score_ids
 from lib.scoring.measure import FEWEST_DOCUMENTS, SEED
@@ -164,37 +163,35 @@ def _measure_gguf(path: Path, argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure_folder(path: Path, argument: dict[str, Any]) -> dict[str, Any]:
-    """A folder, in transformers."""
-    from lib.models.loading import count_weights, load_as_saved, weight_bytes
-    from lib.scoring.torch_backend import TransformersBackend
+    """A folder, in the program that it is for: transformers or ONNX Runtime."""
+    from lib.models.loading import count_weights, weight_bytes, weight_files
+    from lib.scoring.folders import open_folder
 
     use_threads(argument)
     _check_tokenizer(path, argument["sample"])
-    stored, weights = open_weights(path), count_weights(path)
-    for file in stored.files:
+    weights = count_weights(path)
+    for file in weight_files(path):
         speed.read_once(file)
+    prompt = argument["windows"][0][: speed.PROMPT_TOKENS]
+    place = {"n_threads": argument["n_threads"], "n_ctx": len(prompt) + speed.GENERATED_TOKENS}
 
     def seconds_of_a_load() -> float:
         started = time.perf_counter()
-        model = load_as_saved(path)
-        seconds = time.perf_counter() - started
-        del model
-        gc.collect()  # gone before the next one is loaded
-        return seconds
+        with open_folder(path, BATCH, **place):
+            return time.perf_counter() - started
 
     loads = speed.repeat(seconds_of_a_load, *speed.LOADS)
-    model = load_as_saved(path)
-    prompt = argument["windows"][0][: speed.PROMPT_TOKENS]
-    times = speed.times_of(lambda: torch_feed(model), prompt)
-    backend = TransformersBackend(model, BATCH, path.name)
-    return {
-        "bytes": weight_bytes(path),
-        "weights": weights,
-        "tensor_bytes": stored.nbytes,
-        "speed": speed.rates(loads, len(prompt), *times),
-        **score(backend, argument, "leave this format out of export_formats."),
-        **_measure_text(backend, argument),
-    }
+    with open_folder(path, BATCH, **place) as backend:
+        times = speed.times_of(backend.new_text, prompt)
+    with open_folder(path, BATCH, path.name, argument["n_threads"]) as backend:
+        return {
+            "bytes": weight_bytes(path),
+            "weights": weights,
+            "tensor_bytes": weight_bytes(path) if is_onnx(path) else open_weights(path).nbytes,
+            "speed": speed.rates(loads, len(prompt), *times),
+            **score(backend, argument, "leave this format out of export_formats."),
+            **_measure_text(backend, argument),
+        }
 
 
 def _measure_text(backend: Backend, argument: dict[str, Any]) -> dict[str, Any]:

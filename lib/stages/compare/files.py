@@ -382,9 +382,9 @@ def _check(asked: Comparison) -> None:
         if path is asked.reference or not path.is_dir():
             check_gguf(path)
         else:
-            from lib.models.base_model import check_model_folder
+            from lib.scoring.folders import check_folder
 
-            check_model_folder(path)
+            check_folder(path)
         if path.resolve() in seen:
             raise InputError(f"{path} is named twice.", "each file once.", "remove one of the two.")
         seen.add(path.resolve())

@@ -47,8 +47,8 @@ def recommend(
     """The recommendation: the smallest file that is good enough.
 
     Args:
-        reference, files: entries of comparison.json; of the files only those of `smaller` can be recommended; folders for
-            other programs are named in the details.
+        reference, files: entries of comparison.json; of the files only those of `smaller` can be recommended;
+            folders for other programs are named in the details.
         margin: in `metric.loss_unit`. floor: what the reference must beat (`Metric.floor`).
         trained: False of a run in which nothing is trained, which nobody is told to do first.
 

@@ -21,7 +21,7 @@ from lib.errors import InputError, refusal, refusing
 from lib.models.gguf_file import read_metadata, read_tensors
 from lib.runs.files import data_file, sha256_file, write_json
 from lib.runs.run import Run
-from lib.scoring.generation import Feed, llama_feed
+from lib.scoring.backend import Feed
 from lib.scoring.llama_backend import LlamaCppBackend
 
 _TABLES = data_file("stages/compare/phones.yaml")
@@ -60,7 +60,7 @@ def measure(path: Path, prompt: Sequence[int], n_threads: int, n_gpu_layers: int
         if max(ids) >= backend.vocab_size:
             raise refusal("compare/no-such-token", token=max(ids), path=path, backend=backend)
         weights, tensor_bytes = backend.totals
-        times = times_of(lambda: llama_feed(backend), ids)
+        times = times_of(backend.new_text, ids)
     return {
         "file_type": _number(metadata.get("general.file_type")),
         "size_budget": _number(metadata.get("quantize.mix.budget_bytes")),
@@ -86,7 +86,7 @@ def times_of(start: Callable[[], Feed], ids: Sequence[int]) -> tuple[list[float]
     """Seconds of reading a prompt, and of writing tokens behind it, the likeliest each time, whatever it is.
 
     Args:
-        start: gives the feed of a new text (`llama_feed`, `torch_feed`).
+        start: gives the feed of a new text (`Backend.new_text`).
     """
 
     def seconds(tokens: int) -> tuple[float, float]:

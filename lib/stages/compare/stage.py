@@ -3,7 +3,6 @@ them; product `comparison`."""
 
 from __future__ import annotations
 
-import functools
 import operator
 import os
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from lib.runs.machine import physical_cores
 from lib.runs.run import Product, ProductDraft, Run
 from lib.scoring import answer_metrics
 from lib.scoring.backend import found_done
-from lib.scoring.generation import Questions, Written, end_ids, llama_feed, torch_feed, with_likeness, write_all
+from lib.scoring.generation import Questions, Written, end_ids, with_likeness, write_all
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.scoring.log_probabilities import load_scores
 from lib.scoring.metric import AnyScores, Metric, RowGroups, metric_in, metric_of
@@ -337,15 +336,12 @@ def write_file(argument: dict[str, Any]) -> dict[str, Any]:
     path = Path(argument["path"])
     if path.is_file():
         backend: Any = LlamaCppBackend(path, context, argument["n_threads"], argument["n_gpu_layers"])
-        start = functools.partial(llama_feed, backend)
     else:
-        from lib.models.loading import load_as_saved
-        from lib.scoring.torch_backend import TransformersBackend
+        from lib.scoring.folders import open_folder
 
         use_threads(argument)
-        backend = TransformersBackend(load_as_saved(path), 1, path.name)
-        start = functools.partial(torch_feed, backend.model)
+        backend = open_folder(path, 1, path.name, argument["n_threads"], context)
     with backend:
-        start()(prompts[0])
-        written, found = write_all(start, prompts, most, argument["ends"], backend, keep_of(argument))
+        backend.new_text()(prompts[0])
+        written, found = write_all(backend, prompts, most, argument["ends"], keep_of(argument))
     return {"written": [asdict(one) for one in written], "found": found}

@@ -13,7 +13,7 @@ from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from lib.runs.machine import compute_dtype, device_name
 from lib.scoring.backend import Keep, found_done
-from lib.scoring.generation import Asked, Questions, Sampling, end_ids, torch_feed, with_likeness, write_all
+from lib.scoring.generation import Asked, Questions, Sampling, end_ids, with_likeness, write_all
 from lib.scoring.log_probabilities import score_rows
 from lib.scoring.word_lists import prompt_set, read_prompts
 from lib.stages.evaluate import results
@@ -184,17 +184,17 @@ def write_with(backend: TransformersBackend, questions: Questions, keep: Keep | 
     Args:
         keep: of the model's scores; beside it every answer is kept as it comes.
     """
-    model, ends, found = backend.model, end_ids(questions.tokenizer), []
+    ends, found = end_ids(questions.tokenizer), []
 
     def ask(asked: Sequence[Asked], what: str, drawn: Sampling | None = None) -> list[dict[str, Any]]:
         own, prompts = keep and keep.part(what.replace(" ", "-")), [one.ids for one in asked]
-        written, done = write_all(lambda: torch_feed(model), prompts, questions.most, ends, backend, own, what, drawn)
+        written, done = write_all(backend, prompts, questions.most, ends, own, what, drawn)
         found.append(done)
         return questions.told(asked, written)
 
     answers = ask(questions.asked, "answers")
     for prompt in questions.prompts[:1]:
-        torch_feed(model)(prompt.ids)  # latencies of a model that is warm, whatever was found done
+        backend.new_text()(prompt.ids)  # latencies of a model that is warm, whatever was found done
     greedy, drawn = ask(questions.prompts, "replies"), ask(questions.prompts, "drawn replies", questions.sampling)
     replies = [{GREEDY: one, SAMPLED: other} for one, other in zip(greedy, drawn, strict=True)]
     return Replies(answers, replies, found)

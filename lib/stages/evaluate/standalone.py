@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from lib.models import base_model
 from lib.models.adapters import base_named, require_adapter
 from lib.models.gguf_file import read_tensors
 from lib.models.gguf_tokenizer import same_vocabulary, tokenizer_from_gguf
-from lib.models.loading import load_as_saved, load_model, load_tokenizer, quantization_method
+from lib.models.loading import load_model, load_tokenizer, quantization_method
 from lib.models.tokenizer_files import chat_templates, differences, reader
 from lib.progress import say
 from lib.prompts.tasks import ConversationTask, Task, in_model_tags, task_from_json
@@ -25,13 +24,12 @@ from lib.runs.child import peak_memory_mib, run_child
 from lib.runs.files import sha256_json, user_path
 from lib.runs.machine import compute_dtype
 from lib.scoring.backend import Keep, journal_path, kept_peak_memory_mib, model_hash
+from lib.scoring.folders import check_folder, open_folder
 from lib.scoring.generation import (
     Questions,
     Sampling,
     ask_prompt,
     end_ids,
-    llama_feed,
-    torch_feed,
     with_likeness,
     write_all,
 )
@@ -102,7 +100,7 @@ def find_model(model: str, options: ModelOptions, system_turn: bool = True) -> F
         adapter = folder
         require_adapter(adapter)
         base = base_named(folder, options.base_model)
-        path = _base_folder(base, options.revision, base_model.unpacking_of(adapter))
+        path = _base_folder(base, options.revision, base_model.unpacking_of(adapter), of_adapter=True)
         base_model.refuse_other_folder(adapter, path)
         if named := base_model.named_otherwise(adapter, base, str(path)):
             say(f"{folder} names {named} as its base; whether {base} is the same was not checked")
@@ -136,12 +134,12 @@ def _check_whole(path: Path) -> None:
             raise refusal("evaluate/cut-file", path=path, size=size, tensor=tensor, need=need)
 
 
-def _base_folder(model: str, revision: str, unpacking: Mapping[str, Any]) -> Path:
+def _base_folder(model: str, revision: str, unpacking: Mapping[str, Any], of_adapter: bool = False) -> Path:
     """The folder of a model folder, a hub id, or the GGUF file that is an adapter's base; `unpacking`: how that was
     unpacked."""
     folder = user_path(model)
     if folder.is_dir():
-        base_model.check_model_folder(folder)
+        (base_model.check_model_folder if of_adapter else check_folder)(folder)
         return folder
     try:
         return base_model.resolve_base(model, revision, **unpacking).path
@@ -311,12 +309,10 @@ def answer_in_child(argument: dict[str, Any]) -> dict[str, Any]:
         raise refusal("evaluate/beyond-context", model=model, longest=longest, most=most, limit=limit)
     backend, _ = open_model(argument, longest + most)
     with backend:
-        whole = path.is_file()
-        start = functools.partial(*((llama_feed, backend) if whole else (torch_feed, backend.model)))
-        start()(asked[0].ids)  # the first prompt finds a warm model, too
+        backend.new_text()(asked[0].ids)  # the first prompt finds a warm model, too
         sampling = Sampling(**argument["sampling"]) if argument["sampling"] else None
         ids = [one.ids for one in asked]
-        written, _ = write_all(start, ids, most, end_ids(tokenizer), backend, None, sampling=sampling)
+        written, _ = write_all(backend, ids, most, end_ids(tokenizer), None, sampling=sampling)
     questions = Questions(tokenizer, None, task.thinking, [], [], argument["prompts"], asked, most, Sampling())
     answers = questions.told(asked, written)
     for answer in answers:
@@ -340,17 +336,17 @@ def open_model(argument: dict[str, Any], n_ctx: int) -> tuple[Any, Any]:
 
         backend = LlamaCppBackend(path, n_ctx, argument["n_threads"], argument["n_gpu_layers"])
         return backend, open_tokenizer(argument)
-    from lib.scoring.torch_backend import TransformersBackend
-
     adapter, in_4bit = argument["adapter"] and Path(argument["adapter"]), argument["load_in_4bit"]
     if adapter is None and (method := quantization_method(path)):
         if in_4bit:
             raise refusal("evaluate/quantized-already", argument=argument, method=method)
-        model = load_as_saved(path)
+        backend = open_folder(path, argument["batch_size"], argument["model"], argument["n_threads"], n_ctx)
     else:
+        from lib.scoring.torch_backend import TransformersBackend
+
         dtype, _ = compute_dtype(argument["dtype"])
         model = load_model(path, dtype=dtype, load_in_4bit=in_4bit, adapter=adapter)
-    backend = TransformersBackend(model, argument["batch_size"], argument["model"])
+        backend = TransformersBackend(model, argument["batch_size"], argument["model"])
     return backend, open_tokenizer(argument)
 
 

@@ -22,11 +22,14 @@ def group_size(widths: Iterable[int]) -> int | None:
 
 
 def predict_folder(shapes: Shapes, name: str) -> int:
-    """Bytes of the weights of an export format of transformers; of linear layers alone where the format rounds.
+    """Bytes of the weights of an export format.
 
     Sources: bitsandbytes' state dicts (INT8: a float32 scale a row; NF4: a byte a block of 64, those scaled by a
-    float32 a 256), compressed-tensors (`pack-quantized`: 4 bits, a 16-bit scale a group), torchao (a scale a row).
+    float32 a 256), compressed-tensors (`pack-quantized`: 4 bits, a 16-bit scale a group), torchao (a scale a row), ONNX
+    Runtime (MatMulNBits: a float32 scale a block of 32, INT4 with a zero point; the output layer is rounded, too).
     """
+    if name.startswith("onnx-"):
+        return _onnx(shapes, 8 if name == "onnx-int8" else 4)
     linear = [shape for key, shape in shapes.items() if LAYER.fullmatch(key) and len(shape) == 2]
     packed, rows = sum(map(math.prod, linear)), sum(shape[0] for shape in linear)
     rest = 2 * (sum(map(math.prod, shapes.values())) - packed)
@@ -47,6 +50,19 @@ def predict_folder(shapes: Shapes, name: str) -> int:
 
 _HEAD, _EMBEDDING = ("lm_head", "output."), ("model.embed", "token_embd")
 """Beginnings of names in transformers and in GGUF."""
+
+
+def _onnx(shapes: Shapes, bits: int) -> int:
+    """INT4 rounds the embedding, which a tied output layer shares; INT8 keeps it in float32 beside that layer."""
+    rounded = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and LAYER.fullmatch(name))
+    vectors = sum(math.prod(shape) for shape in shapes.values() if len(shape) == 1)
+    embedding = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(_EMBEDDING))
+    head = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(_HEAD))
+    whole = embedding if bits == 8 else 0
+    rounded += (head or embedding) if bits == 8 else embedding + head
+    return round(rounded * (bits + 1 + (4 / 32 if bits == 4 else 0)) / 8) + 4 * (vectors + whole)
+
+
 _BYTES_PER_TOKEN = 30
 """Of a vocabulary with its merges, in the header of a GGUF file; that of Qwen has 39, of Llama 20."""
 

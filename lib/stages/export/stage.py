@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from lib.errors import EXTRAS, InputError, refusal
-from lib.models.loading import load_as_saved, load_tokenizer, weight_bytes
+from lib.errors import EXTRAS, InputError, refusal, refusing
+from lib.models.loading import load_tokenizer, weight_bytes
+from lib.models.onnx_folder import is_onnx
 from lib.models.weights import open_weights
 from lib.progress import Progress
 from lib.prompts.tasks import Row, Task, read_task, spread
@@ -36,7 +41,8 @@ class Format:
         title: what it is, in words.
         note: what a reader must know to use it.
         made_by: package that quantizes; None where transformers alone suffices.
-        needs: packages that a reader of the folder installs beside torch and transformers.
+        runs_in: the program that runs it: "transformers" (with torch) or "ONNX Runtime".
+        needs: packages that a reader of the folder installs beside transformers (and torch).
         options: of `BitsAndBytesConfig`.
     """
 
@@ -44,6 +50,7 @@ class Format:
     title: str
     note: str
     made_by: str | None = None
+    runs_in: str = "transformers"
     needs: Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -55,6 +62,11 @@ class Format:
             return None
         extra = EXTRAS.get(missing[0].replace("-", "_"))
         return f"{' and '.join(missing)} not installed" + (f" (extra {extra})" if extra else "")
+
+    @property
+    def packages(self) -> list[str]:
+        """What a reader of the folder installs."""
+        return [*(["torch"] if self.runs_in == "transformers" else []), "transformers", *self.needs]
 
     def version(self) -> str | None:
         """Installed version of `made_by`; None where none is needed."""
@@ -227,13 +239,12 @@ def write_card(folder: Path, made: Format, record: dict[str, Any], **card: Any) 
             say), "asked" (what the code of the card asks the model, see `question_of`), "calibrated_on" (rows or
             windows of GPTQ).
     """
-    packages = ["torch", "transformers", *made.needs]
     text = render(
         Path(__file__).with_name("README.md.j2"),
         made=made,
         record=record,
         **card,
-        versions=" ".join(map(pin, packages)),
+        versions=" ".join(map(pin, made.packages)),
     )
     files.write_text(folder / "README.md", text)
 
@@ -282,16 +293,17 @@ def make(argument: dict[str, Any]) -> dict[str, Any]:
         seconds, memory = time.perf_counter() - started, peak_memory_mib()
         progress.advance(1, "made")
         check = _check(source, output, argument["prompts"], progress)
-    saved, weights = open_weights(output), open_weights(source).parameters
+    saved, weights = None if is_onnx(output) else open_weights(output), open_weights(source).parameters
+    nbytes = saved.nbytes if saved else weight_bytes(output)
     return {
         "seconds": round(seconds, 2),
         "peak_memory_mib": memory,
         **more,
         "weights": weights,
         "bytes": weight_bytes(output),
-        "bits_per_weight": 8 * saved.nbytes / weights,
-        "tensor_bytes": saved.nbytes,
-        "dtypes": sorted({tensor.dtype for tensor in saved.tensors.values()} & {"F32", "F16", "BF16"}),
+        "bits_per_weight": 8 * nbytes / weights,
+        "tensor_bytes": nbytes,
+        "dtypes": sorted({t.dtype for t in saved.tensors.values()} & {"F32", "F16", "BF16"}) if saved else [],
         "check": check,
     }
 
@@ -299,6 +311,8 @@ def make(argument: dict[str, Any]) -> dict[str, Any]:
 def _quantize(name: str, source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
     if name == "gptq":
         return quantize_gptq(source, output, calibration)
+    if name.startswith("onnx-"):
+        return build_onnx(source, output, name.removeprefix("onnx-"))
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -351,10 +365,46 @@ def _check(source: Path, output: Path, prompts: list[list[int]], progress: Progr
 
 def _log_probs(folder: Path, prompts: list[list[int]]) -> Any:
     """Log-probabilities after the last positions of each prompt, (positions, V), loaded and dropped again."""
-    from lib.scoring.torch_backend import TransformersBackend
+    from lib.scoring.folders import open_folder
 
-    with TransformersBackend(load_as_saved(folder), name=folder.name) as backend:
+    with open_folder(folder, name=folder.name) as backend:
         return np.concatenate([backend.window_log_probs(ids, max(0, len(ids) - CHECKED_POSITIONS)) for ids in prompts])
+
+
+# ONNX by the model builder of ONNX Runtime GenAI.
+
+
+def build_onnx(source: Path, output: Path, precision: str) -> dict[str, Any]:
+    """Write a model folder's weights as a graph of ONNX Runtime, rounded in blocks of 32 (MatMulNBits).
+
+    Args:
+        precision: "int4" or "int8".
+
+    Returns:
+        "group_size".
+
+    Raises:
+        InputError: an architecture that the builder does not know.
+    """
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+    logging.getLogger("onnxruntime").setLevel(logging.WARNING)
+    # INT8 has no form for the embedding; k_quant (llama.cpp's search for scale and zero point) is nearer than plain
+    # rounding: docs/LOG.md, "ONNX Runtime"
+    options = "op_types_to_quantize=MatMul" if precision == "int8" else "algo_config=k_quant"
+    with (
+        tempfile.TemporaryDirectory(prefix="workbook-onnx-") as cache,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        refusing(NotImplementedError, "export/unknown-to-onnx"),
+    ):
+        asked = ("", str(source), str(output), precision, "cpu", cache)
+        create_model(*asked, **parse_extra_options(*asked, ["hf_token=false", f"block_size={_BLOCK}", options]))
+    shutil.copyfile(source / "config.json", output / "config.json")
+    return {"group_size": _BLOCK}
+
+
+_BLOCK = 32
 
 
 # GPTQ by llm-compressor: INT4 weights in groups, each column's error pushed into the columns not yet rounded.

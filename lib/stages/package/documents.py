@@ -27,7 +27,7 @@ from lib.runs.child import run_child
 from lib.runs.files import data_file
 from lib.runs.packages import closure, pin
 from lib.runs.render import render
-from lib.scoring.generation import end_ids, llama_feed, write
+from lib.scoring.generation import end_ids, write
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.stages.package.facts import TOLERANCE, TOLERANCE_SHARE, Facts, sentences_for
 from lib.statistics.losses import kept_words
@@ -89,6 +89,7 @@ def requirements(facts: Facts) -> str:
         wanted = ["torch", "transformers", "accelerate"]
         wanted += ["bitsandbytes"] if kinds & {"int8", "nf4"} else []
         wanted += ["compressed_tensors"] if "gptq" in kinds else []
+        wanted += ["onnxruntime_genai"] if any(kind.startswith("onnx") for kind in kinds) else []
         folders = translated("The folders for transformers (torch in the build that suits the device)")
         lines += ["", f"# {folders}", *map(pin, wanted)]
     return "\n".join(lines) + "\n"
@@ -286,7 +287,7 @@ def answer(argument: dict[str, Any]) -> dict[str, Any]:
 
 def _score(backend: LlamaCppBackend, prompt: Sequence[int], label: Sequence[int]) -> float:
     """Log-probability of a label, one sequence at a time as programs do: batches of many round otherwise."""
-    feed, given, total = llama_feed(backend), list(prompt), 0.0
+    feed, given, total = backend.new_text(), list(prompt), 0.0
     for token in label:
         total += float(log_softmax(feed(given))[token])
         given = [token]
@@ -294,7 +295,7 @@ def _score(backend: LlamaCppBackend, prompt: Sequence[int], label: Sequence[int]
 
 
 def _greedy(backend: LlamaCppBackend, prompt: Sequence[int], most: int, ends: Sequence[int]) -> dict[str, Any]:
-    feed, found = llama_feed(backend), []
+    feed, found = backend.new_text(), []
 
     def remember(ids: Sequence[int]) -> np.ndarray:
         logits = feed(ids)

@@ -17,7 +17,7 @@ from lib.models.loading import load_tokenizer
 from lib.prompts.tasks import ConversationTask
 from lib.report.evaluate_page import AnswerPage
 from lib.scoring.backend import Keep
-from lib.scoring.generation import Questions, Sampling, ask_prompt, ask_row, end_ids, torch_feed, write
+from lib.scoring.generation import Questions, Sampling, ask_prompt, ask_row, end_ids, write
 from lib.scoring.text_metrics import summarise
 from lib.scoring.torch_backend import TransformersBackend
 from lib.scoring.word_lists import read_prompts
@@ -63,7 +63,7 @@ def test_rows_and_prompts_are_answered_measured_and_kept(small: Tiny, tmp_path: 
     assert untimed[0] == untimed[1] and len(first[0]) == 4
     assert [reply["sampled"]["text"] for reply in first[1]] == [reply["sampled"]["text"] for reply in again[1]]
     for one, answer in zip(asked.asked, first[0], strict=True):
-        ids = write(torch_feed(small.model), one.ids, 12, end_ids(small.tokenizer)).ids
+        ids = write(TransformersBackend(small.model).new_text(), one.ids, 12, end_ids(small.tokenizer)).ids
         assert answer["text"] == small.tokenizer.decode(ids, skip_special_tokens=False).strip()
         assert answer["tokens"] <= 12 and answer["measured"]["stopped"] == answer["ended"]
         assert answer["first_token_seconds"] <= answer["seconds"]

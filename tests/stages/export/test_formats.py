@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.models.loading import count_weights, load_as_saved, quantization_method, weight_bytes
+from lib.models.loading import ONNX, count_weights, load_as_saved, quantization_method, weight_bytes
 from lib.runs.files import PROJECT
+from lib.scoring.folders import open_folder
+from lib.scoring.generation import end_ids, write
 from lib.settings import EXPORT_FORMATS
 from lib.stages.export import stage
 from lib.stages.export.stage import FORMATS, question_of, write_card
@@ -25,7 +27,9 @@ pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 Exported = Callable[[str], tuple[Path, dict]]
 each = pytest.mark.parametrize("name", EXPORT_FORMATS)
 METHODS = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "gptq": "compressed-tensors", "torchao-int8": "torchao"}
+ONNX_FORMATS = ("onnx-int8", "onnx-int4")
 LARGEST_KLD = {"bf16": 0.0, "fp16": 1e-3, "torchao-int8": 5e-3, "int8": 5e-3, "nf4": 0.3, "gptq": 0.3}
+LARGEST_KLD |= {"onnx-int8": 5e-3, "onnx-int4": 0.5}
 
 
 def test_settings_and_formats_name_the_same() -> None:
@@ -36,13 +40,14 @@ def test_settings_and_formats_name_the_same() -> None:
 def test_a_format_is_complete_and_close_to_its_source(name: str, exported: Exported, base: Path) -> None:
     folder, answer = exported(name)
     have = {path.name for path in folder.iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= have
+    weights = {"model.onnx", "model.onnx.data", "genai_config.json"} if name in ONNX_FORMATS else {"model.safetensors"}
+    assert {*weights, "config.json", "tokenizer.json", "chat_template.jinja"} <= have
     assert not [path for path in have if path.endswith((".bin", ".pt", ".pth"))]
     assert all(path.stat().st_mode & 0o040 for path in folder.iterdir()), "not readable by the group"
-    assert quantization_method(folder) == METHODS.get(name)
+    assert quantization_method(folder) == (ONNX if name in ONNX_FORMATS else METHODS.get(name))
     assert -1e-9 <= answer["check"]["mean_kld"] <= LARGEST_KLD[name]
     assert answer["weights"] == count_weights(base) == count_weights(folder)
-    assert answer["bytes"] == weight_bytes(folder) == (folder / "model.safetensors").stat().st_size
+    assert answer["bytes"] == weight_bytes(folder) == sum((folder / n).stat().st_size for n in weights if "model" in n)
     assert answer["seconds"] > 0 and answer["peak_memory_mib"] > 100
     for path in folder.iterdir():  # no path of the machine that made it
         assert str(base.parent).encode() not in path.read_bytes()
@@ -66,7 +71,14 @@ def test_fewer_bits_are_further_away(exported: Exported) -> None:
 
 
 @pytest.mark.parametrize(  # a process takes seconds, and bf16 is loaded as fp16 is
-    "name", ["fp16", "nf4", "gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "torchao-int8"))]
+    "name",
+    [
+        "fp16",
+        "nf4",
+        "gptq",
+        "onnx-int4",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "torchao-int8")),
+    ],
 )
 def test_the_usage_of_the_readme_works_in_a_fresh_process(name: str, exported: Exported) -> None:
     import torch
@@ -92,7 +104,16 @@ def test_the_usage_of_the_readme_works_in_a_fresh_process(name: str, exported: E
     assert "quantization_config" not in code and "device_map" not in code
     answered = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert answered.returncode == 0, answered.stderr
-    tokenizer, model = load_tokenizer(folder), load_as_saved(folder)
+    tokenizer = load_tokenizer(folder)
+    if name in ONNX_FORMATS:
+        messages = tiny_run.TASK.messages({"text": text})
+        switches = {"add_generation_prompt": True, "enable_thinking": False}
+        ids = tokenizer.apply_chat_template(messages, **switches, return_dict=True)["input_ids"]
+        with open_folder(folder) as backend:
+            own = write(backend.new_text(), ids, 8, end_ids(tokenizer)).ids
+        assert answered.stdout == tokenizer.decode(own, skip_special_tokens=True) + "\n"
+        return
+    model = load_as_saved(folder)
     prompt = tokenizer.apply_chat_template(
         tiny_run.TASK.messages({"text": text}),
         add_generation_prompt=True,
@@ -142,9 +163,11 @@ def test_qwen3_with_an_output_layer_of_its_own(tmp_path: Path) -> None:
             parameter.data.normal_(0, 0.15)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "base")
     tiny_run.make_tokenizer(tmp_path / "base")
-    for name in ("nf4", "gptq", "torchao-int8"):
+    for name in ("nf4", "gptq", "torchao-int8", *ONNX_FORMATS):
         answer = make(name, tmp_path / "base", tmp_path / name)
         assert answer["check"]["mean_kld"] <= LARGEST_KLD[name]
+        if name in ONNX_FORMATS:
+            continue
         saved = load_as_saved(tmp_path / name)
         assert type(saved.lm_head) is torch.nn.Linear and saved.lm_head.weight.dtype == torch.bfloat16
 
@@ -192,17 +215,21 @@ def test_loading_gives_no_warning(exported: Exported) -> None:
 def test_the_examples_of_a_package_answer_and_say_nothing_else(exported: Exported, tmp_path: Path) -> None:
     """In a Python without this library, whose own filters they have not."""
     names = [name for name in ("int8", "nf4") if FORMATS[name].problem() is None]
-    for name in names:
-        (tmp_path / name).symlink_to(exported(name)[0])
+    onnx = ["onnx"] if FORMATS["onnx-int4"].problem() is None else []
+    for name in [*names, *onnx]:
+        (tmp_path / name).symlink_to(exported("onnx-int4" if name == "onnx" else name)[0])
     parts = {role: f"<{role}>" for role in ("system", "user", "assistant")}
     turns = {"begin": "", "opening": parts, "closing": dict.fromkeys(parts, "\n"), "answer": "<assistant>"}
     info = {"system": "你是助手。", "user": "{text}", "special_tokens": [], "labels": [], "turns": turns}
-    info |= {"max_tokens": 4, "examples": ["房间好"], "folders": names}
+    info |= {"max_tokens": 4, "examples": ["房间好"], "folders": [*names, *onnx]}
     (tmp_path / "model_info.json").write_text(json.dumps(info))
     script = PROJECT / "lib" / "stages" / "package" / "scripts" / "usage_examples.py"
     (tmp_path / "usage_examples.py").write_bytes(script.read_bytes())
-    said = subprocess.run(
-        [sys.executable, "-I", "usage_examples.py", "transformers"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert [line.partition(":")[0] for line in said.stdout.splitlines()] == [f"transformers, {n}/" for n in names]
-    assert not re.search(r"Failed to load|MatMul8bitLt|W\d{4} ", said.stderr), said.stderr
+    for kind, folders in {"transformers": names, "onnx": onnx}.items():
+        command = [sys.executable, "-I", "usage_examples.py", kind]
+        said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        if not folders:
+            assert said.returncode == 1 and f"not '{kind}'" in said.stdout
+            continue
+        assert [line.partition(":")[0] for line in said.stdout.splitlines()] == [f"{kind}, {n}/" for n in folders]
+        assert not re.search(r"Failed to load|MatMul8bitLt|W\d{4} ", said.stderr), said.stderr

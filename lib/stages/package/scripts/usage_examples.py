@@ -1,6 +1,6 @@
-"""How to use the packaged model.   python usage_examples.py [chat|stream|labels|transformers]   (default: all)
+"""How to use the packaged model.   python usage_examples.py [chat|stream|labels|transformers|onnx]   (default: all)
 
-Needs llama-cpp-python (requirements.txt); `transformers` needs the folders of the export tree and their packages.
+Needs llama-cpp-python (requirements.txt); `transformers` and `onnx` need folders of the export tree and their packages.
 """
 
 from __future__ import annotations
@@ -110,6 +110,22 @@ def transformers(folder: Path, text: str) -> str:
     return tokenizer.decode(written[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def onnx_runtime(folder: Path, text: str) -> str:
+    """An answer of the folder for ONNX Runtime GenAI."""
+    import onnxruntime_genai as genai
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), genai.Model(str(folder))
+    prompt = tokenizer(prompt_for(messages_for(text)), add_special_tokens=False)["input_ids"]
+    settings = genai.GeneratorParams(model)
+    settings.set_search_options(max_length=len(prompt) + INFO["max_tokens"], do_sample=False)
+    written = genai.Generator(model, settings)
+    written.append_tokens(prompt)
+    while not written.is_done():
+        written.generate_next_token()
+    return tokenizer.decode(written.get_sequence(0)[len(prompt) :], skip_special_tokens=True)
+
+
 def show_llama(wanted: str | None) -> None:
     """The examples with llama.cpp."""
     llm, text = load(), INFO["examples"][0]
@@ -129,16 +145,18 @@ def show_llama(wanted: str | None) -> None:
 
 def main() -> int:
     """Run the asked example, or all."""
-    known = ["chat", "stream", *(["labels"] if INFO["labels"] else []), *(["transformers"] if INFO["folders"] else [])]
+    programs = {"transformers": transformers, "onnx": onnx_runtime}
+    folders = {kind: [name for name in INFO["folders"] if (name == "onnx") == (kind == "onnx")] for kind in programs}
+    known = ["chat", "stream", *(["labels"] if INFO["labels"] else []), *(kind for kind in programs if folders[kind])]
     wanted = sys.argv[1] if len(sys.argv) > 1 else None
     if wanted is not None and wanted not in known:
         print(f"this package has the examples {', '.join(known)}, not {wanted!r}")
         return 1
-    if wanted != "transformers":
+    if wanted not in programs:
         show_llama(wanted)
-    if wanted in (None, "transformers"):
-        for name in INFO["folders"]:
-            print(f"transformers, {name}/:", transformers(HERE / name, INFO["examples"][0]))
+    for kind, names in folders.items():
+        for name in names if wanted in (None, kind) else ():
+            print(f"{kind}, {name}/:", programs[kind](HERE / name, INFO["examples"][0]))
     return 0
 
 
