@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -281,6 +282,7 @@ def size_loss(entries: Sequence[Mapping[str, Any]], recommended: str | None, mar
     if judged:
         ax.axhspan(bottom, margin, color=GREEN, alpha=0.08, linewidth=0)
     ax.set_ylim(bottom, max(top, 1.2 * margin))
+    _spread_sizes(ax, shown)
     ax.margins(x=0.08)
     ax.set(xlabel=_MB, ylabel=axis_label("charts.size_loss_axis", unit=unit))
     for verdict in dict.fromkeys(entry["verdict"] for entry in shown):
@@ -308,6 +310,7 @@ def size_divergence(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str
         ax.errorbar(x, y, yerr=[[y - entry["kld_low"]], [entry["kld_high"] - y]], **_style(entry, frontier))
     if joined := sorted(places[name] for name in frontier if name in places):
         ax.plot(*zip(*joined, strict=True), color=GREY, linewidth=1, linestyle="-", zorder=0)
+    _spread_sizes(ax, entries)
     ax.margins(x=0.12)
     ax.set(xlabel=_MB, ylabel="KL divergence from the reference,\nnats a token ↓", yscale="log")
     _name_points(ax, places)
@@ -316,8 +319,26 @@ def size_divergence(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str
     return figure(fig, sentence("charts.by_size", others=others), sentence("charts.divergence_alt", files=files))
 
 
+_WIDE = 5
+"""Largest size over the smallest from which sizes stand on a logarithmic axis."""
+
+
+def _spread_sizes(ax: Any, entries: Sequence[Mapping[str, Any]]) -> None:
+    """A logarithmic axis with plain numbers where one size is many times another."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    sizes = [entry["bytes"] for entry in entries]
+    if sizes and max(sizes) > _WIDE * min(sizes):
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+
+
 _SIDES = [(1, 1), (-1, -1), (1, -1), (-1, 1)]
 """Where the name of a point may stand: to the right (1) or left (-1), above (1) or below (-1)."""
+_DISTANCES = [(4, 4), (14, 14), (6, 24), (24, 10), (26, 26), (8, 36), (38, 14), (40, 32), (10, 50), (54, 20)]
+"""How far, in points, from near to far; a line joins a name to its point where it does not stand beside it."""
 
 
 def _name_points(ax: Any, points: Mapping[str, tuple[float, float]]) -> None:
@@ -327,19 +348,29 @@ def _name_points(ax: Any, points: Mapping[str, tuple[float, float]]) -> None:
 
     taken: list[Bbox] = []
     ax.figure.draw_without_rendering()  # places on the canvas are known only then
-    marks = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in ax.transData.transform(list(points.values()))]
+    canvas = dict(zip(points, ax.transData.transform(list(points.values())), strict=True))
+    inside = ax.get_window_extent()
     for number, (name, place) in enumerate(sorted(points.items(), key=lambda point: point[1])):
-        shown = None
-        for right, above in _SIDES[number % 2 :] + _SIDES[: number % 2]:
+        # a name may stand closer to its own point than to another's, whose name it could be taken for
+        marks = [
+            Bbox.from_bounds(x - 4, y - 4, 8, 8) if other == name else Bbox.from_bounds(x - 6, y - 10, 12, 20)
+            for other, (x, y) in canvas.items()
+        ]
+        shown, sides = None, _SIDES[number % 2 :] + _SIDES[: number % 2]
+        for (x, y), (right, above) in itertools.product(_DISTANCES, sides):
             if shown:
                 shown.remove()
             side = {"ha": "left" if right > 0 else "right", "va": "bottom" if above > 0 else "top", "fontsize": 8}
-            shown = ax.annotate(name, place, (4 * right, 4 * above), textcoords="offset points", **side)
+            shown = ax.annotate(name, place, (x * right, y * above), textcoords="offset points", **side)
             shown.set_path_effects([withStroke(linewidth=2, foreground="white")])  # readable on bars and lines
             box = shown.get_window_extent()
-            if not any(box.overlaps(other) for other in (*taken, *marks)):
+            free = not any(box.overlaps(other) for other in (*taken, *marks))
+            if free and inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1:
                 break
         taken.append(box)
+        if (x, y) != _DISTANCES[0]:
+            line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+            ax.annotate("", place, (x * right, y * above), textcoords="offset points", arrowprops=line, zorder=1)
 
 
 def speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.report.display import Entry, Row, Shown, absent, card, rows_of, table, tabled, tell
 from lib.report.sentences import in_markdown, sentence
+from lib.stages.export.stage import FORMATS
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -194,7 +195,8 @@ def exports(found: ExportsResult) -> Shown:
 
 def compared(files: Iterable[Entry], formats: Iterable[Mapping[str, str]]) -> str:
     """What stands in the tables of 07 beside GGUF files, and what is not there."""
-    return in_markdown("quantize.compared", files=files, skipped_formats=list(formats))
+    onnx = [entry["type"] for entry in files if entry["type"] in FORMATS and not FORMATS[entry["type"]].in_transformers]
+    return in_markdown("quantize.compared", files=files, skipped_formats=list(formats), onnx=onnx)
 
 
 def learned(result: QuantizeResult, exported: ExportsResult) -> Markdown:

@@ -64,9 +64,14 @@ class Format:
         return f"{' and '.join(missing)} not installed" + (f" (extra {extra})" if extra else "")
 
     @property
+    def in_transformers(self) -> bool:
+        """Whether transformers loads it."""
+        return self.runs_in == "transformers"
+
+    @property
     def packages(self) -> list[str]:
         """What a reader of the folder installs."""
-        return [*(["torch"] if self.runs_in == "transformers" else []), "transformers", *self.needs]
+        return [*(["torch"] if self.in_transformers else []), "transformers", *self.needs]
 
     def version(self) -> str | None:
         """Installed version of `made_by`; None where none is needed."""
