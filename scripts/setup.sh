@@ -1,7 +1,8 @@
 #!/bin/sh
 # Make .venv with exactly the lock, then install this project into it (editable).
 # The compiled llama-cpp-python is kept as a wheel under ${XDG_CACHE_HOME:-~/.cache}/quantization-workbook/wheels, in a
-# folder named after Python, processor and CMAKE_ARGS, so that a second clone does not compile again.
+# folder named after Python, processor and CMAKE_ARGS, so that a second clone does not compile again; beside them, in
+# llama.cpp-VERSION, the converter of those sources, for models that the workbook's own does not know.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -63,13 +64,23 @@ else
     flags=$(grep -m 1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null || uname -p)
     key=$(printf '%s' "$flags ${CMAKE_ARGS:-} $CXXFLAGS" | cksum | cut -d ' ' -f 1)
     tag=$(.venv/bin/python -c 'import sysconfig, sys; print("cp%d%d-%s" % (*sys.version_info[:2], sysconfig.get_platform()))')
-    wheels="${XDG_CACHE_HOME:-$HOME/.cache}/quantization-workbook/wheels/$tag-$key"
+    cache="${XDG_CACHE_HOME:-$HOME/.cache}/quantization-workbook"
+    wheels="$cache/wheels/$tag-$key" converter="$cache/llama.cpp-${llama#*==}"
+    sources() { # the source distribution, fetched once
+        [ -d "$work/sources" ] ||
+            pip download --quiet --no-deps --no-cache-dir --no-binary llama_cpp_python --dest "$work/sources" "$llama"
+        ls "$work"/sources/llama_cpp_python-*.tar.gz
+    }
     if ! ls "$wheels"/llama_cpp_python-"${llama#*==}"-*.whl >/dev/null 2>&1; then
         say "      Compiling $llama, once: about 4 minutes on 2 cores (kept for next time in $wheels) …"
         # no pip cache: what it holds may have been compiled with other CMAKE_ARGS or for another processor
-        pip wheel --quiet --no-deps --no-cache-dir --wheel-dir "$work/wheels" "$llama"
+        pip wheel --quiet --no-deps --no-cache-dir --wheel-dir "$work/wheels" "$(sources)"
         mkdir -p "$wheels"
         mv "$work"/wheels/*.whl "$wheels/"
+    fi
+    if [ ! -f "$converter/convert_hf_to_gguf.py" ]; then
+        say "      Keeping the converter of llama.cpp in $converter …"
+        .venv/bin/python scripts/keep_converter.py "$(sources)" "$converter"
     fi
     pip install --quiet --no-deps --no-index --force-reinstall "$wheels"/llama_cpp_python-"${llama#*==}"-*.whl
 fi

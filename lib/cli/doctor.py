@@ -148,7 +148,7 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
     from lib.report.data_page import detectable
     from lib.scoring.metric import rows_of_folds
     from lib.settings import OFFLINE_BASE, SAMPLES
-    from lib.stages.convert.convert import plan_conversion
+    from lib.stages.convert.official import check_conversion
     from lib.stages.data.data_files import FORMATS
     from lib.stages.data.reading import choose_data
     from lib.stages.data.stage import divide, measure, put_tokenizer
@@ -174,7 +174,7 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
     if own and (model is None or any(base.glob("*.safetensors"))):
         check_base_folder(base)
         tokenizer = load_tokenizer(base)
-        plan_conversion(base)
+        check_conversion(base)
     elif here(source, OFFLINE_BASE) and base.suffix.lower() == ".gguf":
         tokenizer = tokenizer_from_gguf(base)
     elif source == OFFLINE_BASE and folds:

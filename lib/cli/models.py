@@ -38,9 +38,9 @@ def examine(path: Path) -> dict[str, Any]:
 
 
 def _ask_convert(folder: Path, report: dict[str, Any]) -> None:
-    from lib.stages.convert.convert import plan_conversion
+    from lib.stages.convert.official import check_conversion
 
-    report["notes"] += plan_conversion(folder).tokenizer["unsaid"]
+    report["notes"] += check_conversion(folder)
 
 
 def _ask_merge(folder: Path, report: dict[str, Any]) -> None:
@@ -203,20 +203,19 @@ def convert(
     force: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Convert a model folder (Qwen2, Qwen3 or Llama family) to one GGUF file."""
+    """Convert a model folder to one GGUF file: Qwen2, Qwen3 and the Llama family, others by llama.cpp's own script."""
     from lib.models.weights import open_weights
     from lib.stages.convert.convert import check_output
 
     check_output(output, open_weights(model_dir), outtype)
     replacing(output, force, lambda path: kind_of_gguf(path) in CONVERTED)
+    from lib.stages.convert.official import convert_folder, convert_officially
+
     if llama_cpp is not None:
-        from lib.stages.convert.stage import convert_officially
-
-        report = convert_officially(model_dir, output, outtype, llama_cpp)
+        made = convert_officially(model_dir, output, outtype, llama_cpp)
     else:
-        from lib.stages.convert.convert import convert as convert_folder
-
-        report = asdict(convert_folder(model_dir, output, outtype))
+        made = convert_folder(model_dir, output, outtype)
+    report = {key: value for key, value in asdict(made).items() if value != ""}
     keys = ("output", "converter", "architecture", "outtype", "tensors", "bytes_after", "loaded", "unsaid")
     show(report, as_json, _lines(report, *keys))
 

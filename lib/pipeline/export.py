@@ -36,7 +36,7 @@ from lib.scoring.measure import Text
 from lib.scoring.text_metrics import UNFINISHED, longest_loop, repeated_share
 from lib.scoring.word_lists import read_terms
 from lib.settings import IMATRIX_TYPES, UNQUANTIZED
-from lib.stages.convert.convert import convert, plan_conversion
+from lib.stages.convert.official import check_conversion, convert_folder
 from lib.stages.evaluate.standalone import ModelOptions, ask_models, evaluate_models, tokenizer_of
 from lib.stages.export.sizes import predict_folder
 from lib.stages.export.stage import FORMATS, make_format
@@ -325,7 +325,7 @@ class _Maker:
         if not todo:
             return
         try:
-            plan_conversion(self.merged)
+            check_conversion(self.merged)
         except InputError as error:  # of another architecture: the folders are made all the same
             self.report["skipped"] += [{"format": f"{GGUF}:{recipe}", "reason": error.found} for recipe, _ in todo]
             return
@@ -336,11 +336,11 @@ class _Maker:
             reports = {}
             for recipe, _ in todo:
                 if recipe in UNQUANTIZED:
-                    made = convert(self.merged, folder / f"{title}-{recipe}.gguf", recipe.lower())
+                    made = convert_folder(self.merged, folder / f"{title}-{recipe}.gguf", recipe.lower())
                     bits = 8 * made.bytes_after / made.parameters
                     reports[recipe] = {"bits_per_weight": bits, "seconds": made.seconds, "fallbacks": 0}
             if small:
-                convert(self.merged, source, "f16", title)
+                convert_folder(self.merged, source, "f16", title)
                 if self.wanted.text is not None:
                     matrix = Path(name) / f"{self.wanted.text[1].stem}.imatrix.gguf"
                     collect(self.merged, self._windows(), matrix)

@@ -206,12 +206,16 @@ def possible_formats(settings: Settings, shapes: Shapes) -> dict[str, str]:
 def conversion_problem(config: Mapping[str, Any]) -> str | None:
     """Why 05 could not convert a model of this configuration, as far as that alone tells; None where nothing is known
     against it."""
-    from lib.stages.convert.tensors import read_convertible
+    from lib.stages.convert.official import kept_sources, known_classes
+    from lib.stages.convert.tensors import ForeignModelError, read_convertible
 
     with tempfile.TemporaryDirectory(prefix="workbook-config-") as name:
         files.write_json(Path(name) / "config.json", dict(config))
         try:
             read_convertible(Path(name))
+        except ForeignModelError as error:
+            sources, kinds = kept_sources(), config.get("architectures") or [""]
+            return None if sources and kinds[0] in known_classes(sources) else error.found
         except InputError as error:
             return error.found
     return None

@@ -304,12 +304,12 @@ def _remove_pages(session: _Session, notebooks: list[Path]) -> None:
 def _refuse_unconvertible(run: Run, name: str) -> None:
     """Refuse before a training what notebook 05 would refuse of its base model."""
     from lib.models.base_model import base_of
-    from lib.stages.convert.convert import plan_conversion
+    from lib.stages.convert.official import check_conversion
 
     data = run.manifest.entries().get("data")
     try:
         if data is not None and not data.facts.get("offline_base"):
-            plan_conversion(base_of(run).path)
+            check_conversion(base_of(run).path)
     except InputError as error:
         raise ReportError(name, execute.Failure(str(error), 2)) from None
 

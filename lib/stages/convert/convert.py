@@ -107,6 +107,7 @@ class ConversionReport:
         pre_tokenizer, recognised: name in GGUF and how it was found.
         loaded: what llama.cpp said when it opened the file, in words.
         unsaid: added tokens that llama.cpp cuts otherwise, and why.
+        converter: another one than `convert`, in words; empty for that.
     """
 
     model: str
@@ -126,6 +127,7 @@ class ConversionReport:
     loaded: str
     seconds: float
     unsaid: list[str] = field(default_factory=list)
+    converter: str = ""
 
 
 def convert(model_dir: Path, output: Path, outtype: str = "f16", name: str | None = None) -> ConversionReport:

@@ -39,6 +39,10 @@ _NEEDED |= {"llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 """Kind of rope scaling → keys that transformers does not take it without."""
 
 
+class ForeignModelError(InputError):
+    """A class or a tokenizer that this converter does not know, and llama.cpp's own may."""
+
+
 def read_convertible(folder: Path) -> dict[str, Any]:
     """config.json of a model folder that can be converted, with its defaults; its model_type is GGUF's architecture.
 
@@ -55,7 +59,8 @@ def read_convertible(folder: Path) -> dict[str, Any]:
     kind = own if kind == own.replace("ForCausalLM", "Model") else kind  # transformers goes by model_type
     refuse_other_task(folder, {}, [kind])
     if kind not in gguf_file.ARCHITECTURES:
-        raise refusal("convert/unknown-class", kind=kind, folder=folder, known=", ".join(gguf_file.ARCHITECTURES))
+        known = ", ".join(gguf_file.ARCHITECTURES)
+        raise refusal("convert/unknown-class", ForeignModelError, kind=kind, folder=folder, known=known)
     found, wanted = config.get("model_type"), gguf_file.ARCHITECTURES[kind]
     if found != wanted:
         raise refusal("convert/class-and-type", folder=folder, kind=kind, found=found, wanted=wanted)

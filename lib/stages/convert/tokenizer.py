@@ -15,6 +15,7 @@ from lib.models.gguf_tokenizer import RULES
 from lib.models.tokenizer_files import chat_templates
 from lib.models.weights import read_object
 from lib.runs.files import data_file
+from lib.stages.convert.tensors import ForeignModelError
 
 # What the tokenizer of a model folder does: its vocabulary, its added tokens, and the ids of llama.cpp's check text.
 #
@@ -162,7 +163,7 @@ def recognise(tokenizer: Tokenizer) -> tuple[str, str]:
         return _TABLES["known"][digest], "the ids of llama.cpp's check text"
     if has_qwen2_structure(tokenizer.backend):
         return "qwen2", "the same normalizer, split pattern and byte-level BPE as Qwen2 (another vocabulary)"
-    raise refusal("convert/unknown-cuts", check=digest[:8])
+    raise refusal("convert/unknown-cuts", ForeignModelError, check=digest[:8])
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> dict[str, Any]:
@@ -184,7 +185,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> dict[str
         raise refusal("convert/odd-tokenizer", folder=folder, odd=f"model is no object but {str(model)[:40]}")
     pieces = (folder / "tokenizer.model").is_file() or model.get("byte_fallback") or model.get("type") != "BPE"
     if writer.arch == "llama" and pieces:
-        raise refusal("convert/sentence-pieces", folder=folder)
+        raise refusal("convert/sentence-pieces", ForeignModelError, folder=folder)
     tokenizer = read_tokenizer(folder, stored, settings)
     highest = max(tokenizer.vocabulary.values())
     if highest >= vocab_size:

@@ -23,7 +23,7 @@ from lib.stages.convert import convert as convert_convert
 from lib.stages.convert import tensors as convert_tensors
 from lib.stages.convert import tokenizer
 from lib.stages.convert.convert import convert, metadata_table, verify
-from lib.stages.convert.stage import convert_officially
+from lib.stages.convert.official import convert_officially
 from lib.stages.convert.tensors import PlannedTensor, encode
 from lib.stages.convert.tokenizer import Tokenizer, has_qwen2_structure, read_tokenizer, recognise
 from tests.stages.convert.convertible import official, write_model
@@ -201,7 +201,7 @@ def test_official_script(copy: Path, tmp_path: Path) -> None:
     script.write_text(f"import shutil, sys\nshutil.copyfile({str(made)!r}, sys.argv[sys.argv.index('--outfile') + 1])")
     report = convert_officially(copy, tmp_path / "out.gguf", "f16", folder)
     assert (tmp_path / "out.gguf").read_bytes() == made.read_bytes()
-    assert report["architecture"] == "qwen2" and report["tensors"] == 26 and str(folder) in report["converter"]
+    assert report.architecture == "qwen2" and report.tensors == 26 and str(folder) in report.converter
     for text, match in (
         ("import no_such_module_", "ModuleNotFoundError.*its requirements"),
         ("import sys; sys.exit('Model X is not supported')", "Model X is not supported"),
