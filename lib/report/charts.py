@@ -353,7 +353,7 @@ def _name_points(ax: Any, points: Mapping[str, tuple[float, float]]) -> None:
     for number, (name, place) in enumerate(sorted(points.items(), key=lambda point: point[1])):
         # a name may stand closer to its own point than to another's, whose name it could be taken for
         marks = [
-            Bbox.from_bounds(x - 4, y - 4, 8, 8) if other == name else Bbox.from_bounds(x - 6, y - 10, 12, 20)
+            Bbox.from_bounds(x - 4, y - 4, 8, 8) if other == name else Bbox.from_bounds(x - 14, y - 11, 28, 22)
             for other, (x, y) in canvas.items()
         ]
         shown, sides = None, _SIDES[number % 2 :] + _SIDES[: number % 2]

@@ -10,7 +10,6 @@ files differ);
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import combinations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -33,6 +32,7 @@ from lib.report.display import (
 )
 from lib.report.evaluate_page import latencies, metric_text, moved_metrics
 from lib.report.looks import axis_label
+from lib.report.retention import kept_chart, kept_reading
 from lib.report.sentences import sentence
 from lib.report.weights_page import MARK
 from lib.runs.files import data_file
@@ -41,8 +41,7 @@ from lib.scoring.metric import ACCURACY
 from lib.settings import GRID_SIZABLE
 from lib.stages.compare.speed import MEMORIES
 from lib.statistics.intervals import limits_text
-from lib.statistics.losses import KEEPS_LITTLE, keeps_little, kept_words
-from lib.statistics.noninferiority import GOOD_ENOUGH, LEVEL, NO_VERDICT, REFERENCE, WORSE, least_margin, rows_for
+from lib.statistics.noninferiority import GOOD_ENOUGH, LEVEL, NO_VERDICT, WORSE, least_margin, rows_for
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Markdown
@@ -156,6 +155,8 @@ class _Page:
             margin=self.result.margin,
             unit=self.result.metric.loss_unit,
             gain=self.result.fine_tuning_gain,
+            below_floor=self.result.below_floor,
+            written=self._written_otherwise(),
             at_best=self._at_best(),
         )
 
@@ -164,6 +165,14 @@ class _Page:
         if "flips" not in self.files[0] or all(e["n"] == self.n for e in self.others):
             return None
         return span([e["flips"] / e["n"] for e in self.others], ".1%")
+
+    def _written_otherwise(self) -> dict[str, Any] | None:
+        """The recommended file, answers that it wrote, and how many of them are not the reference's to the letter."""
+        name, counts = self.result.recommendation["type"], self.result.written.get("same_text", {})
+        if name not in counts:
+            return None
+        whole = counts[self.result.written["reference"]]
+        return {"type": name, "n": whole, "changed": whole - counts[name]}
 
     def _at_best(self) -> dict[str, float] | None:
         """The least loss that the rows can exclude, and the rows with which the margin could be; None: not known."""
@@ -403,54 +412,3 @@ def span(values: Iterable[float], form: str) -> str:
     ordered = sorted(values)
     low, high = (f"{limit:{form}}".replace("%", " %") for limit in (ordered[0], ordered[-1]))
     return low if low == high else f"{low} – {high}"
-
-
-# How much of what fine-tuning taught is left in each file's answers.
-
-_PAIRS = 3
-"""Pairs of files that are named."""
-
-
-def _known(files: Sequence[Entry]) -> list[Entry]:
-    return [e for e in files if e["retention"] is not None and e["verdict"] != REFERENCE]
-
-
-def kept_chart(files: Sequence[Entry], rows: int) -> HTML | None:
-    """Retention of every file but the reference, the largest first; nothing where it is unknown."""
-    known = sorted(_known(files), key=lambda e: -e["bytes"])
-    if not known:
-        return None
-    return charts.estimates("compare.kept", known, at=1.0, n=rows, little=KEEPS_LITTLE)
-
-
-def kept_reading(files: Sequence[Entry], note: str) -> Markdown:
-    """What the rows say, which files keep little, and whether KL divergence on text shows it."""
-    known = _known(files)
-    words = {e["type"]: kept_words(e) for e in sorted(known, key=lambda e: e["retention"])}
-    poor = [name for name in words if keeps_little(next(e for e in known if e["type"] == name))]
-    order = _order(known)
-    return tell("compare.kept_reading", words=words, poor=poor, little=KEEPS_LITTLE, note=retold(note), order=order)
-
-
-def _order(known: Sequence[Entry]) -> dict[str, Any] | None:
-    """How KL divergence on text orders the files, beside the distance of retention from 1: rank correlation, and pairs
-    surely in opposite order; None for fewer than three files, or where one of the two tells none apart."""
-    values = [[e["kld_mean"] for e in known], [abs(1 - e["retention"]) for e in known]]
-    if len(known) < 3 or any(len(set(column)) == 1 for column in values):
-        return None
-    from scipy.stats import spearmanr
-
-    pairs = [pair for e, other in combinations(known, 2) if (pair := _turned(e, other))]
-    pairs.sort(key=lambda pair: pair[0]["retention"] - pair[1]["retention"])
-    rank = float(spearmanr(*values).statistic)
-    return {"files": len(known), "rank": rank, "pairs": len(pairs), "named": pairs[:_PAIRS]}
-
-
-def _turned(first: Entry, second: Entry) -> tuple[Entry, Entry] | None:
-    """The file that is surely nearer on text and the other, if it surely lost more: its slope is below 1, and farther
-    from 1 than the other's can be."""
-    near, far = sorted((first, second), key=lambda e: e["kld_mean"])
-    if near["kld_high"] >= far["kld_low"] or not (near["retention_interval"] and far["retention_interval"]):
-        return None
-    lost = 1 - near["retention_interval"][1]
-    return (near, far) if lost > max(abs(1 - limit) for limit in far["retention_interval"]) else None

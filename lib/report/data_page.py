@@ -184,7 +184,12 @@ class LabelPage(DataPage):
 
     def detectable(self) -> Shown:
         """What so many test rows can show of a quantized file, before anything is trained."""
-        words = tell("data.detectable", **detectable(self.result.tested()))
+        over = sum(
+            line["rows"]
+            for line in self.result.flow
+            if line["split"] == "test" and line["step"] == "left out: over max_eval_rows"
+        )
+        words = tell("data.detectable", **detectable(self.result.tested()), over=over)
         margins = [{"margin_points": margin, **_rows_needed(margin)} for margin in (1, 2, 3, 5)]
         return words, display.table(margins, sentence("data.rows_needed", power=POWER))
 

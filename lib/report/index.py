@@ -20,6 +20,7 @@ from lib.runs.files import data_file, object_or_empty, write_text
 from lib.runs.manifest import NOTEBOOK_OF, Entry
 from lib.runs.run import Run, open_run
 from lib.select.choice import outdated, read_analysis
+from lib.settings import Settings
 from lib.stages.compare.recommend import reworded
 from lib.stages.evaluate.results import ALL, LEAK_FREE, told_apart
 from lib.statistics.intervals import Interval
@@ -95,11 +96,11 @@ class Summary:
         return next((file for file in self.files if file["recommended"]), None)
 
     def parameters(self, *notebooks: str) -> dict[str, Any]:
-        """Parameters of the products of these notebooks (of all without an argument)."""
+        """Settings that the products of these notebooks depend on (of all without an argument)."""
         merged: dict[str, Any] = {}
         for product, entry in self.entries.items():
             if not notebooks or NOTEBOOK_OF.get(product) in notebooks:
-                merged |= entry.parameters
+                merged |= {key: value for key, value in entry.parameters.items() if key in Settings.model_fields}
         return merged
 
     def products(self, notebook: str) -> dict[str, Entry]:

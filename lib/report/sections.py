@@ -10,7 +10,7 @@ Tags of a notebook's cells say where they stand on its page:
     parameters     left out: papermill's own values stand below it
     remove_cell    left out: what the head of every page says, too
 
-A section whose cells show nothing is left out with its heading and its words.
+A section whose cells show nothing is left out with its heading and its words; so is a cell that shows nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,12 @@ class Section:
     def shows(self) -> bool:
         """Whether anything but words stands in it: words that introduce nothing are not needed."""
         code = [cell for cell in self.cells if cell.cell_type == "code"]
-        return not code or any(_holds(output) for cell in code for output in cell.outputs)
+        return not code or any(map(_shown, code))
+
+
+def _shown(cell: NotebookNode) -> bool:
+    """Whether a code cell left anything to see."""
+    return any(map(_holds, cell.outputs))
 
 
 def _holds(output: NotebookNode) -> bool:
@@ -99,6 +104,6 @@ def _with_content(found: Sequence[Section]) -> list[Section]:
         if section.level == 3:
             below = [*section.cells, *below] if section.shows else below
         elif below or section.shows:
-            section.cells += below
+            section.cells = [cell for cell in section.cells + below if cell.cell_type != "code" or _shown(cell)]
             kept, below = [section, *kept], []
     return kept

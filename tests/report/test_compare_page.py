@@ -105,6 +105,7 @@ def made(metric: Metric, scores: dict[str, Any]) -> SimpleNamespace:
         },
         retention_note="A note.",
         fine_tuning_gain=0.2,
+        below_floor=None,
         written=written,
         generated=[
             {
@@ -189,6 +190,20 @@ def test_a_margin_wider_than_what_fine_tuning_gained_is_named(kind: str) -> None
     for gain in (None, 1.5):
         result.fine_tuning_gain = gain
         assert "Fine-tuning itself" not in compare_page.page_of(result).learned().data
+
+
+@both
+def test_what_the_headline_does_not_say(kind: str) -> None:
+    """A model below the linear floor; answers that are written otherwise, however likely the reference's are."""
+    result = copy(COMPARISONS[kind])
+    result.recommendation = {**result.recommendation, "type": "Q2_K"}
+    said = " ".join(compare_page.page_of(result).learned().data.split())
+    assert "linear floor" not in said and "otherwise than" not in said.replace("wrote 0 of 2 answers otherwise", "")
+    result.below_floor, counts = 4.0, {"F16": 3, "Q2_K": 1}
+    result.written = {**result.written, "reference": "F16", "same_text": counts}
+    said = " ".join(compare_page.page_of(result).learned().data.split())
+    assert "worse than the linear floor by 4.0 points" in said
+    assert "Q2_K wrote 2 of 3 answers otherwise than F16" in said
 
 
 @both

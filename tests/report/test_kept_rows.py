@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from scipy.stats import spearmanr
 
-from lib.report import compare_page, display
+from lib.report import display, retention
 from lib.report.display import mark_names, marked
 from lib.report.weights_page import MARK
 from lib.settings import GRID_SIZABLE
@@ -46,7 +46,7 @@ def unmarked() -> Iterator[None]:
 
 
 def test_reading() -> None:
-    words = compare_page.kept_reading(FILES, "The note.").data
+    words = retention.kept_reading(FILES, "The note.").data
     assert "is left in: Q5_K_M 0.31 [0.28,\u00a00.34]; Q4_K_M 0.76 [0.73,\u00a00.79].** The note." in words
     rank = -spearmanr([0.003, 0.013, 0.041], [0.97, 0.31, 0.76]).statistic
     assert f"3 files with a rank correlation of {rank:.2f}" in words
@@ -54,26 +54,26 @@ def test_reading() -> None:
         "1 pair is surely in opposite order: Q5_K_M is nearer on text (0.013 against 0.041 nats) but keeps 0.31"
         in words
     )
-    fine = compare_page.kept_reading(
+    fine = retention.kept_reading(
         [REFERENCE, FILES[1], entry("Q6_K", 120, 0.005, 0.95), entry("Q4_0", 90, 0.1, 0.93)], ""
     ).data
-    assert "estimated to keep less than 0.9; least: Q4_0 0.93" in fine and "no two files are surely" in fine
+    assert "at least 0.9 by estimate, or may keep all; least: Q4_0 0.93" in fine and "no two files are surely" in fine
     blurred = [REFERENCE, FILES[1], {**FILES[2], "kld_high": 0.05}, {**FILES[3], "kld_low": 0.01}]
-    assert "no two files are surely" in compare_page.kept_reading(blurred, "").data, (
+    assert "no two files are surely" in retention.kept_reading(blurred, "").data, (
         "on text these two cannot be told apart"
     )
-    around = compare_page.kept_reading([REFERENCE, entry("Q4_0", 90, 0.1, 0.85, 0.1)], "").data
+    around = retention.kept_reading([REFERENCE, entry("Q4_0", 90, 0.1, 0.85, 0.1)], "").data
     assert "**By estimate less than 0.9 of what" in around, "the interval holds 0.9"
-    assert "Spearman" not in compare_page.kept_reading(FILES[:3], "").data
-    unknown = compare_page.kept_reading([entry("F16", 1, 0, None), entry("Q8_0", 1, 0, None)], "03 was not run.").data
+    assert "Spearman" not in retention.kept_reading(FILES[:3], "").data
+    unknown = retention.kept_reading([entry("F16", 1, 0, None), entry("Q8_0", 1, 0, None)], "03 was not run.").data
     assert unknown == "What the files keep of the fine-tuning is not known. 03 was not run."
 
 
 def test_chart() -> None:
-    shown = compare_page.kept_chart(FILES, FILES[0]["n"]).data
+    shown = retention.kept_chart(FILES, FILES[0]["n"]).data
     assert "n = 800 test rows" in shown and "Q5_K_M, 112.0 MB 0.31 [0.28,\u00a00.34]" in shown
     assert "F16, 270" not in shown, "the reference keeps all by definition"
-    assert compare_page.kept_chart([entry("F16", 1, 0, None)], 9) is None
+    assert retention.kept_chart([entry("F16", 1, 0, None)], 9) is None
 
 
 def test_marks() -> None:

@@ -208,8 +208,10 @@ def steps_of(
     if not note and not run.untrained:
         adapter = load_scores(run.folder / "evaluation" / TUNED_SCORES)
         if adapter.ids == steps[0][1].ids:
-            method = run.manifest.entries()["adapter"].facts.get("method", "LoRA")
-            steps.insert(0, (f"adapter ({method}), transformers", adapter))
+            entries = run.manifest.entries()
+            method, dtype = entries["adapter"].facts.get("method", "LoRA"), entries["evaluation"].facts.get("dtype")
+            computed = f" ({dtype})" if dtype else ""
+            steps.insert(0, (f"adapter ({method}), transformers{computed}", adapter))
         else:
             note = "03 scored other rows, so the adapter is left out."
     conditions = content["conditions"]

@@ -51,6 +51,7 @@ class ComparisonResult:
         agreement: equal labels by margin for each pair of models; none without labels.
         retention_note: what the entries' retention rests on, or why it is unknown.
         fine_tuning_gain: the base's loss against the reference on the run's own test rows; None where it is unknown.
+        below_floor: accuracy points by which 03 showed the model to be worse than the linear floor; None where not.
         steps: the error ladder, adapter to quantized file; empty without a merged model.
         steps_note: why its first step is missing, in words.
         written: what every GGUF file and the merged model wrote to test rows whose answers are free text, measured:
@@ -70,6 +71,7 @@ class ComparisonResult:
     notes: list[str]
     retention_note: str
     fine_tuning_gain: float | None
+    below_floor: float | None
     skipped: list[dict[str, str]]
     agreement: list[dict[str, Any]]
     steps: list[dict[str, Any]]
@@ -140,6 +142,7 @@ def compare(settings: Settings, run: Run) -> ComparisonResult:
         product=product,
         metric=metric,
         **{key: content[key] for key in (*kept, "retention_note", "fine_tuning_gain")},
+        below_floor=_below_floor(run),
         skipped=_exports(run)["skipped"],
         agreement=content.get("agreement") or [],
         steps=steps,
@@ -156,6 +159,16 @@ def _read(run: Run, folder: Path, metric: Metric, rows: RowGroups) -> dict[str, 
     scores = {entry["type"]: load_scores(folder / f"scores-{entry['type']}.jsonl") for entry in content["files"]}
     found = with_retention(content, retentions(metric, scores, base_scores(run), rows.groups), _grid(run))
     return {**found, "recommendation": reworded(found)}
+
+
+def _below_floor(run: Run) -> float | None:
+    """On leak-free rows where there are others, too, as 03 says it; None without labels, or without 03."""
+    path = run.folder / "evaluation" / "evaluation.json"
+    if "evaluation" not in run.manifest.entries() or not path.is_file():
+        return None
+    compared = read_json(path).get("comparisons") or {}
+    told = (compared.get("leak_free") or compared.get("all") or {}).get("linear floor")
+    return -100 * told["difference"] if told and told["verdict"] == "worse" else None
 
 
 def _grid(run: Run) -> dict[str, float]:

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import shutil
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lib.errors import EXTRAS, InputError, refusal, refusing
-from lib.models.loading import load_tokenizer, weight_bytes
-from lib.models.onnx_folder import is_onnx
-from lib.models.weights import open_weights
-from lib.progress import Progress
+from lib.errors import EXTRAS, InputError
+from lib.models.loading import load_tokenizer
 from lib.prompts.tasks import Row, Task, read_task, spread
 from lib.runs import files
-from lib.runs.child import peak_memory_mib, run_child
-from lib.runs.machine import bitsandbytes_problem, has_module, no_warnings, quiet
+from lib.runs.child import run_child
+from lib.runs.machine import has_module
 from lib.runs.manifest import hash_folder, version_of
 from lib.runs.packages import pin
 from lib.runs.render import render
 from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import Settings
-from lib.stages.export.sizes import GROUPS, group_size
 
 
 @dataclass(frozen=True)
@@ -186,7 +175,7 @@ def make_format(
     request, what = {**argument, "format": wanted.name, "output": folder}, f"exporting {wanted.name} {place}"
     try:
         if (reason := wanted.problem()) is None:
-            answer = run_child("lib.stages.export.stage:make", request, what)
+            answer = run_child("lib.stages.export.child:make", request, what)
     except InputError as error:
         reason = error.found
     except RuntimeError as error:
@@ -258,210 +247,3 @@ def question_of(task: Task, row: Row) -> dict[str, Any]:
     """The run's question about one row, for the code of a card."""
     system, user = (message["content"] for message in task.messages(row)[:2])
     return {"system": system, "user": user, "thinking": task.thinking, "most_tokens": 8 if task.label_names else 256}
-
-
-# In the child process: quantize, save, load again, compare with the merged model.
-
-CHECKED_POSITIONS = 16
-"""Last positions of each prompt whose next-token distributions are compared with the merged model's."""
-
-_OWN = {"config.json", "README.md", "merge.json", "model.safetensors.index.json"}
-"""Files of the merged model that are not copied: the export writes its own."""
-
-
-def make(argument: dict[str, Any]) -> dict[str, Any]:
-    """Make one format.
-
-    Args:
-        argument: "format", "source" (folder of the merged model), "output" (folder to make), "calibration" (token ids
-            of training rows; for GPTQ), "prompts" (token ids of the self-check).
-
-    Returns:
-        "seconds" (of quantizing and saving), "peak_memory_mib" (until then), "weights", "bytes", "bits_per_weight",
-        "tensor_bytes", "dtypes", "check" and what the format adds, e.g. "group_size".
-
-    Raises:
-        InputError: a model or a machine that this format does not fit.
-    """
-    name, source, output = argument["format"], Path(argument["source"]), Path(argument["output"])
-    quiet()
-    with Progress(f"making and checking {name}, steps", 3) as progress:
-        started = time.perf_counter()
-        output.mkdir(parents=True)
-        with no_warnings():
-            more = _quantize(name, source, output, argument["calibration"])
-        # tokenizer, template, generation settings and licences
-        left_out = shutil.ignore_patterns("*.safetensors", *_OWN)
-        shutil.copytree(source, output, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
-        for path in filter(Path.is_file, output.rglob("*")):
-            files.readable_by_group(path)
-        seconds, memory = time.perf_counter() - started, peak_memory_mib()
-        progress.advance(1, "made")
-        check = _check(source, output, argument["prompts"], progress)
-    saved, weights = None if is_onnx(output) else open_weights(output), open_weights(source).parameters
-    nbytes = saved.nbytes if saved else weight_bytes(output)
-    return {
-        "seconds": round(seconds, 2),
-        "peak_memory_mib": memory,
-        **more,
-        "weights": weights,
-        "bytes": weight_bytes(output),
-        "bits_per_weight": 8 * nbytes / weights,
-        "tensor_bytes": nbytes,
-        "dtypes": sorted({t.dtype for t in saved.tensors.values()} & {"F32", "F16", "BF16"}) if saved else [],
-        "check": check,
-    }
-
-
-def _quantize(name: str, source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
-    if name == "gptq":
-        return quantize_gptq(source, output, calibration)
-    if name.startswith("onnx-"):
-        return build_onnx(source, output, name.removeprefix("onnx-"))
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    dtype = torch.float16 if name == "fp16" else torch.bfloat16
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
-    if name not in ("fp16", "bf16"):
-        options |= {"quantization_config": _quantization(name), "device_map": {"": "cpu"}}
-    model = AutoModelForCausalLM.from_pretrained(str(source), **options)
-    if name == "fp16":  # weights above 65,504 became infinite
-        for weight_name, weight in model.named_parameters():
-            if not torch.isfinite(weight).all():
-                raise refusal("export/beyond-float16", weight_name=weight_name)
-    model.save_pretrained(str(output))
-    return {}
-
-
-def _quantization(name: str) -> Any:
-    """The configuration of transformers for one format."""
-    from transformers import BitsAndBytesConfig, TorchAoConfig
-
-    if name == "torchao-int8":
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        return TorchAoConfig(Int8WeightOnlyConfig(version=2, set_inductor_config=False))
-    if problem := bitsandbytes_problem():
-        raise InputError(f"bitsandbytes does not work here ({problem}).", "a working one.", "see `workbook doctor`.")
-    return BitsAndBytesConfig(**FORMATS[name].options)
-
-
-def _check(source: Path, output: Path, prompts: list[list[int]], progress: Progress) -> dict[str, Any]:
-    """How far the saved folder's next-token distributions are from the merged model's on the ends of some prompts.
-
-    Raises:
-        InputError: the folder does not load, or gives numbers that are not finite.
-    """
-    own = _log_probs(output, prompts)
-    progress.advance(1, "loaded again")
-    if not np.isfinite(own).all():
-        raise refusal("export/not-finite", output=output)
-    merged = _log_probs(source, prompts)
-    progress.advance(1, "compared")
-    kld = (np.exp(merged) * (merged - own)).sum(axis=1)
-    return {
-        "prompts": len(prompts),
-        "positions": len(own),
-        "mean_kld": float(kld.mean()),
-        "same_top": float((own.argmax(axis=1) == merged.argmax(axis=1)).mean()),
-    }
-
-
-def _log_probs(folder: Path, prompts: list[list[int]]) -> Any:
-    """Log-probabilities after the last positions of each prompt, (positions, V), loaded and dropped again."""
-    from lib.scoring.folders import open_folder
-
-    with open_folder(folder, name=folder.name) as backend:
-        return np.concatenate([backend.window_log_probs(ids, max(0, len(ids) - CHECKED_POSITIONS)) for ids in prompts])
-
-
-# ONNX by the model builder of ONNX Runtime GenAI.
-
-
-def build_onnx(source: Path, output: Path, precision: str) -> dict[str, Any]:
-    """Write a model folder's weights as a graph of ONNX Runtime, rounded in blocks of 32 (MatMulNBits).
-
-    Args:
-        precision: "int4" or "int8".
-
-    Returns:
-        "group_size".
-
-    Raises:
-        InputError: an architecture that the builder does not know.
-    """
-    from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
-    logging.getLogger("onnxruntime").setLevel(logging.WARNING)
-    # INT8 has no form for the embedding; k_quant (llama.cpp's search for scale and zero point) is nearer than plain
-    # rounding: docs/LOG.md, "ONNX Runtime"
-    options = "op_types_to_quantize=MatMul" if precision == "int8" else "algo_config=k_quant"
-    with (
-        tempfile.TemporaryDirectory(prefix="workbook-onnx-") as cache,
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-        refusing(NotImplementedError, "export/unknown-to-onnx"),
-    ):
-        asked = ("", str(source), str(output), precision, "cpu", cache)
-        create_model(*asked, **parse_extra_options(*asked, ["hf_token=false", f"block_size={_BLOCK}", options]))
-    shutil.copyfile(source / "config.json", output / "config.json")
-    return {"group_size": _BLOCK}
-
-
-_BLOCK = 32
-
-
-# GPTQ by llm-compressor: INT4 weights in groups, each column's error pushed into the columns not yet rounded.
-
-BITS = 4
-_HEAD = "lm_head"
-
-
-def group_of(widths: set[int]) -> int:
-    """The largest group that divides the rows of every layer.
-
-    Raises:
-        InputError: some row is no multiple of 16: smaller groups would spend more on scales than they save.
-    """
-    if size := group_size(widths):
-        return size
-    odd = min(width for width in widths if width % GROUPS[-1])
-    raise refusal("export/odd-layers", odd=odd, least=GROUPS[-1])
-
-
-def quantize_gptq(source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
-    """Quantize a model folder and save it in the packed format of compressed-tensors.
-
-    Args:
-        calibration: token ids of the texts whose activations decide what may be rounded how.
-
-    Returns:
-        "group_size" and "calibration_rows", "calibration_tokens".
-
-    Raises:
-        InputError: no calibration texts, or layers that no group size fits.
-    """
-    if not calibration:
-        raise InputError("no rows to calibrate GPTQ with.", "training rows.", "check max_train_rows.")
-    import torch
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.bfloat16, local_files_only=True)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != _HEAD}
-    size = group_of({layer.in_features for layer in layers.values()})
-    weights = QuantizationArgs(num_bits=BITS, type="int", symmetric=True, strategy="group", group_size=size)
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    oneshot(
-        model=model,
-        dataset=Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration]),
-        recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=[_HEAD]),
-        max_seq_length=max(map(len, calibration)),
-        num_calibration_samples=len(calibration),
-    )
-    model.save_pretrained(str(output), save_compressed=True)
-    return {"group_size": size, "calibration_rows": len(calibration), "calibration_tokens": sum(map(len, calibration))}

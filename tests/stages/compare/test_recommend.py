@@ -99,7 +99,7 @@ def test_the_smallest_that_is_good_enough_is_recommended() -> None:
         assert words in found["details"]
     rows = _about(found["details"])
     assert rows == pytest.approx(found["rows_needed"], rel=0.1)
-    assert f"Q3_K_M, 25.00 MB, could lose up to 1.19 points; about {rows:,} rows could tell." in found["text"]
+    assert f"Q3_K_M, 25.00 MB, could lose up to 1.19 points; about {rows:,} rows in all could tell." in found["text"]
     assert "Worse than F16: Q2_K (6.00 points of accuracy lost" in found["details"]
     assert "a loss of 1 point or more is excluded" in found["rule"] and "at most 5 of 100 runs" in found["rule"]
 
@@ -118,7 +118,10 @@ def test_the_sequence_ends_at_the_first_that_is_not_good_enough() -> None:
     first = answer(files({"Q8_0": [*range(9)], "Q4_K_M": []}))
     assert first["type"] is None and first["reason"] == "not shown"
     assert first["headline"] == "No file is shown to lose less than 1 point."
-    assert "Q8_0, 53.00 MB, could lose up to 1.57 points; about 60,000 rows could tell. Worse: Q8_0." in first["text"]
+    assert (
+        "Q8_0, 53.00 MB, could lose up to 1.57 points; about 60,000 rows in all could tell. Worse: Q8_0."
+        in first["text"]
+    )
     lost = answer(files({"Q8_0": [*range(40)]}))
     assert "could lose up to 5.18 points; more rows would hardly help. Worse: Q8_0." in lost["text"]
     assert "no number of rows would show it" in lost["details"]
@@ -230,7 +233,9 @@ def test_answers_without_labels() -> None:
     tight = recommend(ANSWER_PERPLEXITY, entries[0], entries[1:2], 0.4, 50.0)
     assert tight["type"] is None and 100 < tight["rows_needed"] < 2_000
     assert tight["headline"] == "No file is shown to lose less than 0.4 % of answer perplexity."
-    assert re.search(r"Q8_0, 0.00 MB, could raise .* by up to 0.47 %; about [\d,]+ rows could tell", tight["text"])
+    assert re.search(
+        r"Q8_0, 0.00 MB, could raise .* by up to 0.47 %; about [\d,]+ rows in all could tell", tight["text"]
+    )
     better = {**entries[1], "loss": -3.1, "loss_limit": -2.82}
     fallen = sixty_words(recommend(ANSWER_PERPLEXITY, entries[0], [better], 1.0, 50.0))
     assert "Answer perplexity falls by at least 2.82 %" in fallen["text"] and "-3.10 %" in fallen["headline"]

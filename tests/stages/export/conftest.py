@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib.runs.run import ProductDraft, Run
-from lib.stages.export import stage
+from lib.stages.export import child
 from lib.stages.export.stage import FORMATS
 from tests import tiny_run
 
@@ -36,7 +36,7 @@ def make(name: str, source: Path, output: Path, seed: int = 1) -> dict:
         pytest.skip(problem)
     calibration = token_ids(source, 24, seed) if name == "gptq" else []
     argument = {"source": str(source), "output": str(output), "calibration": calibration}
-    return stage.make({**argument, "format": name, "prompts": token_ids(source, 4, 2)})
+    return child.make({**argument, "format": name, "prompts": token_ids(source, 4, 2)})
 
 
 @pytest.fixture(scope="session")

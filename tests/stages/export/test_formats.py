@@ -17,7 +17,7 @@ from lib.runs.files import PROJECT
 from lib.scoring.folders import open_folder
 from lib.scoring.generation import end_ids, write
 from lib.settings import EXPORT_FORMATS
-from lib.stages.export import stage
+from lib.stages.export import child
 from lib.stages.export.stage import FORMATS, question_of, write_card
 from tests import tiny_run
 from tests.stages.export.conftest import make, token_ids
@@ -140,10 +140,10 @@ def test_calibration_decides_what_gptq_writes(base: Path, exported: Exported, tm
 
 
 def test_group_size_fits_the_layers(exported: Exported) -> None:
-    assert stage.group_of({896, 4864}) == 128 and stage.group_of({256, 768}) == 128
-    assert stage.group_of({64, 128}) == 64 and stage.group_of({48, 96}) == 16
+    assert child.group_of({896, 4864}) == 128 and child.group_of({256, 768}) == 128
+    assert child.group_of({64, 128}) == 64 and child.group_of({48, 96}) == 16
     with pytest.raises(InputError, match="linear layers with 40 inputs"):
-        stage.group_of({40, 128})
+        child.group_of({40, 128})
     folder, answer = exported("gptq")
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["config_groups"]["group_0"]["weights"]["group_size"] == answer["group_size"] == 64
@@ -190,7 +190,7 @@ def test_what_float16_cannot_hold_is_refused(base: Path, tmp_path: Path, value: 
 
 def test_gptq_without_rows(base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no rows to calibrate"):
-        stage.quantize_gptq(base, tmp_path / "gptq", [])
+        child.quantize_gptq(base, tmp_path / "gptq", [])
 
 
 def test_a_folder_whose_library_is_absent(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
