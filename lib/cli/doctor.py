@@ -145,6 +145,7 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
     from lib.models.gguf_tokenizer import tokenizer_from_gguf
     from lib.models.loading import load_tokenizer
     from lib.models.merge_plan import check_fit, refuse_unsupported
+    from lib.models.onnx_folder import is_onnx
     from lib.report.data_page import detectable
     from lib.scoring.metric import rows_of_folds
     from lib.settings import OFFLINE_BASE, SAMPLES
@@ -171,7 +172,7 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
     if not machine.has_module("torch"):
         return rows, unused, counts
     own = here(source, OFFLINE_BASE) and base.is_dir()
-    if own and (model is None or any(base.glob("*.safetensors"))):
+    if own and (model is None or is_onnx(base) or any(base.glob("*.safetensors"))):
         check_base_folder(base)
         tokenizer = load_tokenizer(base)
         check_conversion(base)

@@ -81,10 +81,18 @@ def _ask_serve(file: Path, report: dict[str, Any]) -> None:
         raise InputError("no chat template (quantize and perplexity need none).", "one.", "convert the model with it.")
 
 
+def _ask_run(folder: Path, report: dict[str, Any]) -> None:
+    """Whether ONNX Runtime opens the folder."""
+    from lib.scoring.folders import open_folder
+
+    open_folder(folder).close()
+
+
 _STEPS: dict[str, tuple[str, Callable[[Path, dict[str, Any]], None]]] = {
     "model": ("workbook convert", _ask_convert),
     "adapter": ("workbook merge", _ask_merge),
     "gguf": ("workbook serve", _ask_serve),
+    "onnx": ("workbook evaluate", _ask_run),
 }
 """Kind of a folder or file → the step that takes it."""
 

@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 from scipy.special import log_softmax, logsumexp
 
-from lib.errors import refusing
+from lib.errors import refusal, refusing
 from lib.models.onnx_folder import check_onnx_folder
 from lib.scoring.backend import Backend, Feed, Job, Run, check_ids, common_prefix
 
 _CHUNK = 256
 """Tokens of a forward pass. The graph gives the logits of every token: 256 rows of a vocabulary of 151,936 in float32
 are 156 MB."""
+
+
+_FAULTS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, MemoryError)
+"""What ONNX Runtime raises of a folder that it cannot run."""
 
 
 class OnnxBackend(Backend):
@@ -34,18 +38,20 @@ class OnnxBackend(Backend):
     """
 
     def __init__(self, folder: Path, n_threads: int = 0, n_ctx: int | None = None, name: str = "") -> None:
-        import onnxruntime_genai as genai
+        with refusing(ImportError, "scoring/onnx-does-not-load", folder=folder):
+            import onnxruntime_genai as genai
 
         told = check_onnx_folder(folder)["model"]
         self._genai, self.name, self.device = genai, name or folder.name, "cpu"
         self.vocab_size = told["vocab_size"]
         self._most = int(told["context_length"])
         self.n_ctx = min(n_ctx or self._most, self._most)
-        config, self._threads = genai.Config(str(folder)), n_threads
-        if n_threads:
-            options = {"intra_op_num_threads": n_threads}
-            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        with refusing((RuntimeError, ValueError), "scoring/onnx-does-not-load", folder=folder):
+        self._folder, self._threads = folder, n_threads
+        with refusing(_FAULTS, "scoring/onnx-does-not-load", folder=folder):
+            config = genai.Config(str(folder))
+            if n_threads:
+                options = {"intra_op_num_threads": n_threads}
+                config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             self._model = genai.Model(config)
 
     @property
@@ -66,7 +72,7 @@ class OnnxBackend(Backend):
         """The read log-probabilities of one sequence behind the `shared` tokens, which the text keeps."""
         (job,) = batch
         text.rewind_to(shared)
-        rest, values = job.ids[shared:], np.empty(len(job.reads))
+        rest, values = job.ids[shared:], np.full(len(job.reads), np.nan)
         for start in range(0, len(rest), _CHUNK):
             logits = self._pass(text, rest[start : start + _CHUNK])
             first = shared + start
@@ -78,14 +84,21 @@ class OnnxBackend(Backend):
 
     def _text(self, most: int) -> Any:
         """A new text of at most so many tokens."""
-        parameters = self._genai.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=min(most + 1, self._most), do_sample=False)
-        return self._genai.Generator(self._model, parameters)
+        with refusing(_FAULTS, "scoring/onnx-does-not-load", folder=self._folder):
+            parameters = self._genai.GeneratorParams(self._model)
+            parameters.set_search_options(max_length=min(most + 1, self._most), do_sample=False)
+            return self._genai.Generator(self._model, parameters)
 
     def _pass(self, text: Any, ids: Sequence[int]) -> np.ndarray:
         """Logits behind each of further tokens of a text, float32, (tokens, V); a view that the next pass replaces."""
-        text.append_tokens(np.array([ids], dtype=np.int32))
-        return text.get_output("logits")[0]
+        with refusing(_FAULTS, "scoring/onnx-does-not-load", folder=self._folder):
+            text.append_tokens(np.array([ids], dtype=np.int32))
+            logits = text.get_output("logits")[0]
+        if logits.shape != (len(ids), self.vocab_size):
+            raise refusal(
+                "scoring/other-logits", folder=self._folder, found=logits.shape, wanted=(len(ids), self.vocab_size)
+            )
+        return logits
 
     def window_logits(self, ids: list[int], first: int = 0) -> np.ndarray:
         """See `lib.scoring.backend.Backend`."""

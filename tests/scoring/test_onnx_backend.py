@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from lib.cli.__main__ import app
 from lib.errors import InputError
 from lib.models.onnx_folder import CONFIG, GRAPH, check_onnx_folder, is_onnx
 from lib.scoring.backend import Backend
@@ -112,6 +114,16 @@ ODD = {
     "model.vision": {},
     "model.vocab_size": None,
     "model.context_length": -1,
+    "model.decoder.run_options": {"enable_profiling": "/tmp/profile"},
+    "model.decoder.sliding_window": {"window_size": 4},
+    "model.decoder.outputs.logits": "present.0.key",
+    "model.decoder.inputs.past_key_names": "%s%s%s%n",
+    "model.decoder.session_options.log_id": "a\x1b[2J",
+    "model.type": ["qwen2"],
+    "model.decoder.head_size": 10**9,
+    "engine": {},
+    "search.chunk_size": 3,
+    "search.num_beams": 10,
     "model.decoder": [],
     "model": None,
 }
@@ -137,13 +149,24 @@ def weights_elsewhere(model: onnx.ModelProto) -> None:
                 entry.value = "../../etc/passwd"
 
 
-@pytest.mark.parametrize("change", [foreign_operator, weights_elsewhere])
+def odd_offset(model: onnx.ModelProto) -> None:
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "offset":
+                entry.value = "abc"
+
+
+def other_vocabulary(model: onnx.ModelProto) -> None:
+    next(o for o in model.graph.output if o.name == "logits").type.tensor_type.shape.dim[2].dim_value = 7
+
+
+@pytest.mark.parametrize("change", [foreign_operator, weights_elsewhere, odd_offset, other_vocabulary])
 def test_graphs_that_reach_outside(change: Callable, folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     model = onnx.load(str(copy / GRAPH), load_external_data=False)
     change(model)
     (copy / GRAPH).write_bytes(model.SerializeToString())
-    with pytest.raises(InputError, match=r"operators of my\.own|no file of its folder"):
+    with pytest.raises(InputError, match=r"operators of my\.own|no file of its folder|no ONNX model"):
         check_onnx_folder(copy)
 
 
@@ -159,6 +182,25 @@ def test_cut_and_missing_files(name: str, keep: int | None, words: str, folder: 
         (copy / name).write_bytes(data[:keep])
     with pytest.raises(InputError, match=words):
         check_onnx_folder(copy)
+
+
+def test_a_folder_of_two_models(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"vocab_size": 99}))
+    with pytest.raises(InputError, match=r"and config\.json beside it 99"):
+        check_onnx_folder(copy)
+
+
+def test_inspect_and_doctor_know_it(base: Path, folder: Path, tmp_path: Path) -> None:
+    """What runs it is told from what needs weights for transformers."""
+    whole = Path(shutil.copytree(folder, tmp_path / "onnx"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(base / name, whole / name)
+    told = CliRunner().invoke(app, ["inspect", str(whole)])
+    assert told.exit_code == 0 and "onnx" in told.stdout and "no problem found" in told.stdout
+    asked = CliRunner().invoke(app, ["doctor", "--model", str(whole)])
+    assert asked.exit_code == 2 and "a model for ONNX Runtime, and no weights" in asked.stdout + asked.stderr
 
 
 def test_without_its_package_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

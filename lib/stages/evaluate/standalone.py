@@ -16,6 +16,7 @@ from lib.models.adapters import base_named, require_adapter
 from lib.models.gguf_file import read_tensors
 from lib.models.gguf_tokenizer import same_vocabulary, tokenizer_from_gguf
 from lib.models.loading import load_model, load_tokenizer, quantization_method
+from lib.models.onnx_folder import is_onnx
 from lib.models.tokenizer_files import chat_templates, differences, reader
 from lib.progress import say
 from lib.prompts.tasks import ConversationTask, Task, in_model_tags, task_from_json
@@ -214,6 +215,11 @@ def _refuse_without_effect(options: ModelOptions, models: Sequence[FoundModel], 
         "--revision": (options.revision != "main" and not any(m.fetched for m in models), "a hub id"),
         "--load-in-4bit": (options.load_in_4bit and not full, "a folder of full weights"),
         "--dtype": (options.dtype != "auto" and not full, "a folder of full weights"),
+        "--n-gpu-layers": (options.n_gpu_layers != 0 and not any(m.path.is_file() for m in models), "a .gguf file"),
+        "--batch-size": (
+            options.batch_size != ModelOptions.batch_size and all(m.path.is_file() or is_onnx(m.path) for m in models),
+            "a folder that transformers loads",
+        ),
         "--base-model": (options.base_model is not None and not any(m.adapter for m in models), "an adapter"),
     }
     for option, (idle, expected) in given.items():

@@ -86,10 +86,11 @@ def requirements(facts: Facts) -> str:
     tree = facts.report["export_tree"]
     if tree.keys() - {"gguf"}:
         kinds = {what.partition(":")[0] for what in tree.values()}
-        wanted = ["torch", "transformers", "accelerate"]
+        onnx = {kind for kind in kinds if kind.startswith("onnx")}
+        wanted = ["torch", "transformers", "accelerate"] if tree.keys() - {"gguf", "onnx"} else ["transformers"]
         wanted += ["bitsandbytes"] if kinds & {"int8", "nf4"} else []
         wanted += ["compressed_tensors"] if "gptq" in kinds else []
-        wanted += ["onnxruntime_genai"] if any(kind.startswith("onnx") for kind in kinds) else []
+        wanted += ["onnxruntime_genai"] if onnx else []
         folders = translated("The folders for transformers (torch in the build that suits the device)")
         lines += ["", f"# {folders}", *map(pin, wanted)]
     return "\n".join(lines) + "\n"

@@ -117,8 +117,9 @@ def onnx_runtime(folder: Path, text: str) -> str:
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), genai.Model(str(folder))
     prompt = tokenizer(prompt_for(messages_for(text)), add_special_tokens=False)["input_ids"]
+    most = json.loads((folder / "genai_config.json").read_text())["model"]["context_length"]
     settings = genai.GeneratorParams(model)
-    settings.set_search_options(max_length=len(prompt) + INFO["max_tokens"], do_sample=False)
+    settings.set_search_options(max_length=min(len(prompt) + INFO["max_tokens"], most), do_sample=False)
     written = genai.Generator(model, settings)
     written.append_tokens(prompt)
     while not written.is_done():
