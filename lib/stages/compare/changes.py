@@ -122,7 +122,7 @@ def with_retention(content: Mapping[str, Any], kept: Retentions, grid: Mapping[s
         for entry in content["files"]
     ]
     advice = content["recommendation"]
-    named = [entry for entry in files if entry["kind"] == GGUF and advice["type"] in (None, entry["type"])]
+    named = [entry for entry in files if advice["type"] in (None, entry["type"])]
     advice = {**advice, "warning": retention_warning(*named)}
     told = {"retention_note": kept.note, "fine_tuning_gain": kept.gain}
     return {**content, "files": files, "recommendation": advice, **told}
