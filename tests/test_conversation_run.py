@@ -252,7 +252,7 @@ def test_the_error_ladder_goes_from_the_adapter_to_the_quantized_file(results: d
     result, folder = results["comparison"], results["comparison"].product.path
     dtype = results["merged"].product.entry.facts["dtype"]
     assert [step["name"] for step in result.steps] == [
-        "adapter (LoRA), transformers",
+        "adapter (LoRA), transformers (float32)",
         f"merged, transformers ({dtype})",
         *(["merged, transformers (float32)"] if dtype != "float32" else []),
         "GGUF F16, llama.cpp",

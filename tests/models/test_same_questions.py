@@ -108,7 +108,7 @@ MODELS: dict[str, tuple[Change, str]] = {
     "other heads": (config(head_dim=24), "load"),
     "class of another type": (config(model_type="gpt2"), "convert"),
     "state space": (config(model_type="mamba"), "load"),
-    "another class": (config(model_type="gemma3_text", architectures=["Gemma3ForCausalLM"]), "convert"),
+    "another class": (config(model_type="xglm", architectures=["XGLMForCausalLM"]), "convert"),
     "unknown type": (config(model_type="foo"), "load"),
     "quantized": (config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "merge"),
     "another activation": (config(hidden_act="gelu"), "convert"),

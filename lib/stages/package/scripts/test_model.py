@@ -85,7 +85,7 @@ def compare_answer(model: Model, check: dict, info: dict) -> list[str]:
     for i, (token, stored, (best, top, own)) in enumerate(zip(check["ids"], check["log_probs"], steps, strict=True)):
         if best != token and top - own > allowed(info, stored):
             wrong.append(f"token {i} is {best}, stored {token}, and it is {top - own:.3f} nats likelier")
-        if abs(own - stored) > allowed(info, stored):
+        if not abs(own - stored) <= allowed(info, stored):  # written so that NaN fails
             wrong.append(f"token {i}: log-probability {own:.3f}, stored {stored:.3f}")
     return wrong
 
@@ -98,7 +98,7 @@ def compare_labels(model: Model, check: dict, info: dict) -> tuple[list[str], st
     expected = max(range(len(labels)), key=lambda k: stored[k])
     margins, kept = ([value - max(values) for value in values] for values in (scores, stored))
     gaps = [abs(own - old) for own, old in zip(margins, kept, strict=True)]
-    far = [gap for gap, old in zip(gaps, kept, strict=True) if gap > allowed(info, old)]
+    far = [gap for gap, old in zip(gaps, kept, strict=True) if not gap <= allowed(info, old)]
     wrong = [f"label margins differ by {max(far):.3f} nats"] if far else []
     lead = sorted(stored)[-1] - sorted(stored)[-2]
     if ranked[0] != expected and lead > allowed(info, lead):
