@@ -238,9 +238,11 @@ def test_a_failing_check_publishes_nothing(runs: Callable[[str], Run], monkeypat
     run = runs("talk")
     for name, value in {"TOLERANCE": -1.0, "TOLERANCE_SHARE": 0.0}.items():  # no difference is small enough
         monkeypatch.setattr(f"lib.stages.package.documents.{name}", value)
+    before = run.manifest.entries().get("package"), sorted(run.folder.rglob("*.zip"))  # of other tests
     with pytest.raises(RuntimeError, match="own test_model"):
-        package(run, "Q8_0", n_threads=1)
-    assert not list(run.folder.glob("*package*")) and not list(run.folder.glob("*.zip"))
+        package(run, "Q8_0", n_threads=1, force=True)
+    assert (run.manifest.entries().get("package"), sorted(run.folder.rglob("*.zip"))) == before
+    assert (run.folder / "package").is_dir() == (before[0] is not None)
 
 
 def test_conversations(runs: Callable[[str], Run], bare_python: Path, tmp_path: Path) -> None:
