@@ -25,7 +25,7 @@ def write_papers(folder: Path, report: Mapping[str, Any], prompts: Sequence[Mapp
         report: the content of export_report.json. prompts: those that the formats were asked; the first is the example.
     """
     folders = [
-        {**r, "note": FORMATS[r["format"]].note, "runs_in": FORMATS[r["format"]].runs_in}
+        {**r, "note": FORMATS[r["format"]].note, "in_transformers": FORMATS[r["format"]].in_transformers}
         for r in report["formats"]
         if r["format"] in FORMATS
     ]
@@ -34,7 +34,7 @@ def write_papers(folder: Path, report: Mapping[str, Any], prompts: Sequence[Mapp
         "report": report,
         "folders": folders,
         "gguf": gguf,
-        "onnx": any(record["runs_in"] != "transformers" for record in folders),
+        "onnx": not all(record["in_transformers"] for record in folders),
         "question": prompts[0]["prompt"],
         "thinks": report["merged_model"]["checks"]["thinking"] is not None,
         "chatter": CHATTER,

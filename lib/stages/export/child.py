@@ -141,6 +141,10 @@ def _log_probs(folder: Path, prompts: list[list[int]]) -> Any:
 # ONNX by the model builder of ONNX Runtime GenAI.
 
 
+_BLOCK = 32
+"""Weights that share a scale."""
+
+
 def build_onnx(source: Path, output: Path, precision: str) -> dict[str, Any]:
     """Write a model folder's weights as a graph of ONNX Runtime, rounded in blocks of 32 (MatMulNBits).
 
@@ -169,9 +173,6 @@ def build_onnx(source: Path, output: Path, precision: str) -> dict[str, Any]:
         create_model(*asked, **parse_extra_options(*asked, ["hf_token=false", f"block_size={_BLOCK}", options]))
     shutil.copyfile(source / "config.json", output / "config.json")
     return {"group_size": _BLOCK}
-
-
-_BLOCK = 32
 
 
 # GPTQ by llm-compressor: INT4 weights in groups, each column's error pushed into the columns not yet rounded.
