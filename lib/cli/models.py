@@ -206,15 +206,23 @@ def merge(
 def convert(
     model_dir: Path,
     output: Path,
-    outtype: str = "f16",
+    outtype: str | None = None,
+    base_model: str | None = None,
     llama_cpp: Path | None = None,
     force: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Convert a model folder to one GGUF file: Qwen2, Qwen3 and the Llama family, others by llama.cpp's own script."""
+    """Convert a model folder to one GGUF file, or a LoRA adapter to one that llama.cpp loads beside its base.
+
+    Qwen2, Qwen3 and the Llama family are converted here, others by llama.cpp's own script.
+    """
     from lib.models.weights import open_weights
     from lib.stages.convert.convert import check_output
 
+    if base_model is not None:
+        _convert_adapter(model_dir, base_model, output, outtype or "f32", llama_cpp, force, as_json)
+        return
+    outtype = outtype or "f16"
     check_output(output, open_weights(model_dir), outtype)
     replacing(output, force, lambda path: kind_of_gguf(path) in CONVERTED)
     from lib.stages.convert.official import convert_folder, convert_officially
@@ -223,8 +231,25 @@ def convert(
         made = convert_officially(model_dir, output, outtype, llama_cpp)
     else:
         made = convert_folder(model_dir, output, outtype)
-    report = {key: value for key, value in asdict(made).items() if value != ""}
-    keys = ("output", "converter", "architecture", "outtype", "tensors", "bytes_after", "loaded", "unsaid")
+    _show_converted(asdict(made), as_json)
+
+
+def _convert_adapter(
+    adapter: Path, base_model: str, output: Path, outtype: str, llama_cpp: Path | None, force: bool, as_json: bool
+) -> None:
+    from lib.models.adapters import require_adapter
+    from lib.models.base_model import resolve_base
+    from lib.stages.convert.adapter import convert_adapter
+
+    require_adapter(adapter)
+    replacing(output, force, lambda path: kind_of_gguf(path) == "adapter")
+    base = resolve_base(base_model)
+    _show_converted(asdict(convert_adapter(adapter, base.path, output, outtype, llama_cpp)), as_json)
+
+
+def _show_converted(report: dict[str, Any], as_json: bool) -> None:
+    report = {key: value for key, value in report.items() if value != ""}
+    keys = ("output", "converter", "architecture", "outtype", "tensors", "pairs", "bytes_after", "loaded", "unsaid")
     show(report, as_json, _lines(report, *keys))
 
 

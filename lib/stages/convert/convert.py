@@ -221,22 +221,15 @@ class Conversion:
 
     def _header(self, name: str | None) -> tuple[bytes, dict[str, Any]]:
         """Everything before the data of the tensors, and what is reported of the tokenizer."""
-        for logger in ("gguf", "metadata"):  # they would log every key
-            logging.getLogger(logger).setLevel(logging.CRITICAL)
         writer = gguf.GGUFWriter(path=None, arch=self.config["model_type"])
         for tensor in self.plan:
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
         writer.add_type(gguf.GGUFType.MODEL)
-        _write_metadata(writer, self.folder, name)
+        write_metadata(writer, self.folder, name)
         write_parameters(writer, self.config, gguf.LlamaFileType[OUTTYPES[self.outtype]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         tokenizer = add_tokenizer(writer, self.folder, self.config["vocab_size"])
-        stream = io.BytesIO()
-        writer.fout, writer.state = [stream], WriterState.EMPTY  # in memory, where it would open a file
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        return stream.getvalue(), tokenizer
+        return header_of(writer), tokenizer
 
 
 def plan_conversion(folder: Path) -> Conversion:
@@ -262,11 +255,24 @@ def check_output(output: Path, weights: Weights, outtype: str) -> None:
         raise InputError(f"{output} is an input file.", "another file.", "choose another name for the output.")
 
 
-def _write_metadata(writer: gguf.GGUFWriter, folder: Path, name: str | None) -> None:
-    """general.*: from the folder's name, the model card's front matter and generation_config.json."""
+def header_of(writer: gguf.GGUFWriter) -> bytes:
+    """Everything that `writer` was told, as the beginning of a file."""
+    stream = io.BytesIO()
+    writer.fout, writer.state = [stream], WriterState.EMPTY  # in memory, where it would open a file
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return stream.getvalue()
+
+
+def write_metadata(writer: gguf.GGUFWriter, folder: Path, name: str | None) -> None:
+    """general.*: from the folder's name, the model card's front matter and, of a model, its JSON files."""
+    for logger in ("gguf", "metadata", "gguf.gguf_writer"):  # they would log every key
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     counts, sampling = writer.get_total_parameter_count(), read_sampling(folder)
     with refusing(Exception, "convert/bad-card", folder=folder):  # yaml's errors derive from Exception
-        card, config = _read_card(folder / "README.md"), read_object(folder / "config.json")
+        path = folder / "config.json"
+        card, config = _read_card(folder / "README.md"), read_object(path) if path.is_file() else {}
         metadata = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), card, config, folder, counts[0])
     if (penalty := sampling.pop("repetition_penalty", None)) is not None:
         sampling.setdefault("penalty_repeat", penalty)  # llama.cpp's name of it

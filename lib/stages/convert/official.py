@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from lib.errors import refusal
 from lib.models.configurations import read_configuration
 from lib.models.gguf_file import read_metadata, read_tensors
-from lib.models.weights import open_weights
+from lib.models.weights import Weights, open_weights
 from lib.progress import Progress, say
 from lib.runs.files import atomic_path, require_space
 from lib.runs.manifest import version_of
@@ -40,7 +41,7 @@ def convert_folder(model_dir: Path, output: Path, outtype: str = "f16", name: st
     try:
         return convert(model_dir, output, outtype, name)
     except ForeignModelError as error:
-        sources = _sources_for(model_dir, error)
+        sources = sources_for(model_dir, error)
         say(f"converting by {SCRIPT} of llama.cpp, for the workbook's own converter found {error.found}")
         return convert_officially(model_dir, output, outtype, sources, name)
 
@@ -57,11 +58,11 @@ def check_conversion(folder: Path) -> list[str]:
     try:
         return plan_conversion(folder).tokenizer["unsaid"]
     except ForeignModelError as error:
-        sources = _sources_for(folder, error)
-        return [f"05 converts it by {SCRIPT} of {_called(sources)}; whether that can is known only then"]
+        sources = sources_for(folder, error)
+        return [f"05 converts it by {SCRIPT} of {called(sources)}; whether that can is known only then"]
 
 
-def _sources_for(folder: Path, error: ForeignModelError) -> Path:
+def sources_for(folder: Path, error: ForeignModelError) -> Path:
     """Where the official converter lies that knows the folder's class; else the error of our own is raised again."""
     sources = kept_sources()
     kinds = read_configuration(folder).get("architectures") or [""]
@@ -100,15 +101,14 @@ def convert_officially(
     import gguf
 
     started = time.monotonic()
-    model_dir, output, script = Path(model_dir), Path(output), Path(sources) / SCRIPT
-    if not script.is_file():
-        raise refusal("convert/no-script", checkout=sources)
-    _refuse_code(model_dir)
+    model_dir, output = Path(model_dir), Path(output)
+    script = checked(sources, model_dir, SCRIPT) / SCRIPT
     weights = open_weights(model_dir)
     check_output(output, weights, outtype)
     require_space(output.parent, weights.parameters * (4 if outtype == "f32" else 2) + (64 << 20), output.name)
     with atomic_path(output, alone=True) as temporary:
-        _run(script, model_dir, temporary, outtype, name)
+        more = (["--model-name", name] if name else []) + _without_further_layers(model_dir, weights)
+        run_script(script, model_dir, temporary, outtype, more)
         loaded = load_check(temporary)
     metadata, tensors = read_metadata(output), read_tensors(output)
     tokens = metadata.get("tokenizer.ggml.tokens") or []
@@ -129,11 +129,23 @@ def convert_officially(
         recognised="by the official script",
         loaded=loaded,
         seconds=round(time.monotonic() - started, 2),
-        converter=f"{SCRIPT} of {_called(sources)}",
+        converter=f"{SCRIPT} of {called(sources)}",
     )
 
 
-def _called(sources: Path) -> str:
+def checked(sources: Path, folder: Path, script: str) -> Path:
+    """`sources`, provided that they hold the script and the model folder nothing that it would run.
+
+    Raises:
+        InputError: no such script, or code of the folder's own.
+    """
+    if not (Path(sources) / script).is_file():
+        raise refusal("convert/no-script", checkout=sources, script=script)
+    _refuse_code(folder)
+    return Path(sources)
+
+
+def called(sources: Path) -> str:
     return f"llama-cpp-python {version_of('llama_cpp_python')}" if sources == kept_sources() else str(sources)
 
 
@@ -148,12 +160,24 @@ def _refuse_code(folder: Path) -> None:
         raise refusal("convert/own-code", folder=folder, brought=", ".join(brought))
 
 
-def _run(script: Path, model_dir: Path, output: Path, outtype: str, name: str | None) -> None:
-    arguments = [str(model_dir.resolve()), "--outtype", outtype, "--outfile", str(output.resolve())]
-    arguments += ["--model-name", name] if name else []
+def _without_further_layers(folder: Path, weights: Weights) -> list[str]:
+    """The option by which the script does not look for layers that guess further tokens, where a model of such a class
+    has none: it would stop at their absence (`conversion/qwen.py`, _QwenMtpMixin)."""
+    kind = str(read_configuration(folder).get("model_type"))
+    there = any("mtp." in name for name in weights.tensors)
+    return ["--no-mtp"] if kind.startswith(("qwen3_5", "qwen3_next")) and not there else []
+
+
+def run_script(script: Path, folder: Path, output: Path, outtype: str, more: Sequence[str] = ()) -> None:
+    """Run a script of llama.cpp on the model or adapter in `folder`.
+
+    Raises:
+        InputError: it fails, or leaves no file at `output`.
+    """
+    arguments = [str(folder.resolve()), "--outtype", outtype, "--outfile", str(output.resolve()), *more]
     command = [sys.executable, str(script.resolve()), *arguments]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    with Progress(f"{SCRIPT} of llama.cpp"):
+    with Progress(f"{script.name} of llama.cpp"):
         done = subprocess.run(
             command, cwd=script.parent, env=offline, capture_output=True, text=True, errors="replace", check=False
         )
@@ -161,4 +185,5 @@ def _run(script: Path, model_dir: Path, output: Path, outtype: str, name: str | 
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1][:300] if lines else f"exit code {done.returncode}"
         absent = "ModuleNotFoundError" in reason
-        raise refusal("convert/script-lacks-library" if absent else "convert/script-failed", reason=reason)
+        name = "convert/script-lacks-library" if absent else "convert/script-failed"
+        raise refusal(name, script=script.name, reason=reason)
