@@ -12,9 +12,11 @@ from lib.errors import InputError, refusal
 from lib.hub import fetching
 from lib.hub import sources as hub_sources
 from lib.hub.sources import SourceError
+from lib.models import language_model
 from lib.models.adapters import adapter_config, refuse_adapter, require_adapter
 from lib.models.configurations import check_language_model, read_configuration
 from lib.models.gguf_file import read_metadata
+from lib.models.language_model import holds_more, language_model_of, text_configuration
 from lib.models.tokenizer_files import FILES, TEMPLATES, chat_templates, reader
 from lib.models.unpack import RECORD, asked_in, identity, is_identity, notes_of, unpacked, without_dtype
 from lib.models.weights import Weights, open_weights
@@ -35,6 +37,7 @@ class Base:
         revision: commit of a hub model; hash of a folder's files or of a GGUF file; key of the offline base.
         offline: True for the project's own small model, which is no Qwen result.
         unpacked: what `lib.models.unpack` says of weights that came out of a GGUF file; None for others.
+        taken: what `lib.models.language_model` says of a language model that was taken out of a larger one.
     """
 
     path: Path
@@ -42,11 +45,13 @@ class Base:
     revision: str
     offline: bool
     unpacked: Mapping[str, Any] | None = None
+    taken: Mapping[str, Any] | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What every page must say of it."""
-        return () if self.unpacked is None else notes_of(self.unpacked)
+        taken = () if self.taken is None else language_model.notes_of(self.taken)
+        return taken if self.unpacked is None else notes_of(self.unpacked)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -67,16 +72,23 @@ def resolve_base(
     """
     local = user_path(base_model)
     if local.is_dir():
-        check_model_folder(local)
-        return Base(local, base_model, fingerprint(local), False)
+        return _of_folder(local, base_model, fingerprint)
     if local.is_file() and local.suffix.lower() == ".gguf":
         folder, record = unpacked(local, gguf_dtype, gguf_off_grid)
         return Base(folder, base_model, identity(record), False, record)
     if _is_no_id(base_model, local):
         raise _no_base(base_model, local)
     found = fetching.fetch(base_model, revision, "model")
-    check_model_folder(found.path)
-    return Base(found.path, hub_sources.parse(base_model, revision, "model").name, found.revision, False)
+    return _of_folder(found.path, hub_sources.parse(base_model, revision, "model").name, lambda _: found.revision)
+
+
+def _of_folder(folder: Path, name: str, revision: Callable[[Path], str]) -> Base:
+    """The causal language model of a folder: all of it, or what it holds of one."""
+    weights = check_model_folder(folder)
+    if not holds_more(read_configuration(folder), weights):
+        return Base(folder, name, revision(folder), False)
+    alone, record = language_model_of(folder)
+    return Base(alone, name, revision(folder), False, taken=record)
 
 
 SHIPPED: dict[str, dict[str, Any]] = data_file("models/known.yaml")
@@ -92,7 +104,7 @@ def configuration_of(base_model: str, revision: str = "main") -> tuple[dict[str,
     """
     local = user_path(base_model)
     if local.is_dir():
-        return read_configuration(local), "folder"
+        return text_configuration(read_configuration(local), local), "folder"
     if base_model in SHIPPED:
         return SHIPPED[base_model], "shipped"
     if _is_no_id(base_model, local):
@@ -100,7 +112,7 @@ def configuration_of(base_model: str, revision: str = "main") -> tuple[dict[str,
     text = fetching.fetch_text(base_model, revision, "model", "config.json")
     with tempfile.TemporaryDirectory(prefix="workbook-config-") as name:
         (Path(name) / "config.json").write_text(text, encoding="utf-8")
-        return read_configuration(Path(name)), "hub"
+        return text_configuration(read_configuration(Path(name)), base_model), "hub"
 
 
 def _is_no_id(base_model: str, local: Path) -> bool:

@@ -297,10 +297,11 @@ _LLAMA3 = (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
 
 
 def name_map(architecture: Any, blocks: int) -> Any:
-    """The package gguf's map from names of tensors in transformers to those in GGUF; None for an architecture that it
-    does not know."""
+    """The package gguf's map from names of tensors in transformers to those in GGUF; None for an architecture (of GGUF,
+    or a model_type of transformers) that it does not know."""
     import gguf
 
+    architecture = TABLES["other_names"].get(architecture, architecture)
     number = next((key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
     return None if number is None else gguf.get_tensor_name_map(number, blocks)
 

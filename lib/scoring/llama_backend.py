@@ -197,6 +197,9 @@ class LlamaCppBackend(Backend):
             self.close()
             raise
         self._memory = api.llama_get_memory(self._context)
+        # a state that is updated by every token (Qwen3.5, Mamba) can be copied or dropped whole, never cut back
+        self._stateful = api.llama_model_is_recurrent(self._model) or api.llama_model_is_hybrid(self._model)
+        self._free = range(1, SEQUENCES) if self._stateful else range(SEQUENCES)
         self._batch = api.llama_batch_init(self.n_batch, 0, SEQUENCES)
 
     @property
@@ -307,33 +310,40 @@ class LlamaCppBackend(Backend):
         def full(group: list[Job], job: Job) -> bool:
             tokens = sum(len(one.ids) - shared for one in (*group, job))
             outputs = sum(len(one.ids) - one.start for one in (*group, job))
-            return len(group) == SEQUENCES or tokens > most or outputs > OUTPUTS
+            return len(group) == len(self._free) or tokens > most or outputs > OUTPUTS
 
         return grouped(jobs, full)
 
     def _decoded(self, group: Sequence[Job], shared: int) -> Iterator[tuple[Job, int]]:
         """Run one batch, with logits where its jobs read; the cache holds only the shared beginning afterwards.
 
+        The beginning is computed once: in all sequences together, or where the model has a state in sequence 0, of
+        which the others get copies.
+
         Yields:
             every job, and the place in the batch at which its position 0 would stand.
         """
-        if self._beginning is not None:  # computed once, for all sequences
+        if self._beginning is not None:
             self.clear()
-            self.decode([(token, place, range(SEQUENCES), False) for place, token in enumerate(self._beginning)])
+            owners = (0,) if self._stateful else self._free
+            self.decode([(token, place, owners, False) for place, token in enumerate(self._beginning)])
             self._beginning = None
-        read = [{position for _, position, _ in job.reads} for job in group]
-        tokens = [
-            (token, position, (s,), position in read[s])
-            for s, job in enumerate(group)
-            for position, token in enumerate(job.ids[shared:], start=shared)
-        ]
+        tokens = []
+        for s, job in zip(self._free, group, strict=False):
+            if self._stateful:
+                self._api.llama_memory_seq_cp(self._memory, 0, s, -1, -1)
+            read = {position for _, position, _ in job.reads}
+            tokens += [
+                (token, position, (s,), position in read)
+                for position, token in enumerate(job.ids[shared:], start=shared)
+            ]
         self.decode(tokens)
         first = -shared
         for job in group:
             yield job, first
             first += len(job.ids) - shared
-        for s in range(len(group)):
-            self.forget(s, shared)
+        for s in self._free[: len(group)]:
+            self.forget(s, 0 if self._stateful else shared)
 
     def _run(self, group: Sequence[Job], shared: int) -> list[np.ndarray]:
         """The read log-probabilities of one batch."""

@@ -198,11 +198,10 @@ def steps_of(
     name = asked["file"]
     files = [(asked["merged"], STEP_SCORES[MERGED])]
     files += [(asked["merged_float32"], STEP_SCORES[MERGED_FLOAT32])] if asked["merged_float32"] else []
-    files += [
-        (f"GGUF {reference}, llama.cpp", f"scores-{reference}.jsonl"),
-        (f"weights of {name}, transformers (float32)", STEP_SCORES[DEQUANTIZED]),
-        (f"{name}, llama.cpp", f"scores-{name}.jsonl"),
-    ]
+    files += [(f"GGUF {reference}, llama.cpp", f"scores-{reference}.jsonl")]
+    exact = (f"weights of {name}, transformers (float32)", STEP_SCORES[DEQUANTIZED])
+    files += [exact] if asked.get("dequantized", True) else []
+    files += [(f"{name}, llama.cpp", f"scores-{name}.jsonl")]
     steps = [(words, load_scores(folder / file)) for words, file in files]
     note = "" if run.untrained else other_model(run)
     if not note and not run.untrained:

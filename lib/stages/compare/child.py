@@ -203,19 +203,21 @@ def score_in_transformers(argument: dict[str, Any]) -> dict[str, Any]:
     """The rows alone, by the models of the error ladder that transformers computes, one after another.
 
     Args:
-        argument: as for `measure_model`; "path" is the merged model, "gguf" the file at the end of the ladder, or None.
+        argument: as for `measure_model`; "path" is the merged model, "gguf" the file at the end of the ladder, or None;
+            "dequantize": whether its weights are computed exactly, too.
 
     Returns:
         "answers": by way "log_probs", "score_seconds", "found" and "dtype". The ways are `MERGED`; where there is a
-        file `DEQUANTIZED`; and `MERGED_FLOAT32` (what 16-bit arithmetic alone changed) where that is new and fits into
-        the free memory. "found": of all together.
+        file to dequantize `DEQUANTIZED`; and `MERGED_FLOAT32` (what 16-bit arithmetic alone changed) where that is new
+        and fits into the free memory. "found": of all together.
     """
     from lib.models.loading import affordable_dtype
 
     use_threads(argument)
     answers = {MERGED: score_as(MERGED, argument)}
     if argument["gguf"]:
-        answers[DEQUANTIZED] = score_as(DEQUANTIZED, argument)
+        if argument["dequantize"]:
+            answers[DEQUANTIZED] = score_as(DEQUANTIZED, argument)
         if answers[MERGED]["dtype"] != "float32" and affordable_dtype(Path(argument["path"])) == "float32":
             answers[MERGED_FLOAT32] = score_as(MERGED_FLOAT32, argument)
     return {"answers": answers, "found": ", ".join(filter(None, (answer["found"] for answer in answers.values())))}

@@ -13,7 +13,7 @@ import numpy as np
 
 from lib.errors import InputError, refusal
 from lib.language import ENGLISH, speaking
-from lib.models.gguf_file import check_gguf
+from lib.models.gguf_file import ARCHITECTURES, check_gguf, read_metadata
 from lib.models.gguf_tokenizer import tokenizer_from_gguf
 from lib.progress import say
 from lib.prompts.tasks import Task, in_model_tags
@@ -234,7 +234,8 @@ def _score_steps(
     if asked.merged is None:
         return None, {}, []
     what = "scoring the merged model" + (f" and the weights of {last.name} in transformers" if last else "")
-    argument = {**shared, "gguf": last and last.path}
+    known = last is not None and read_metadata(last.path).get("general.architecture") in ARCHITECTURES.values()
+    argument = {**shared, "gguf": last and last.path, "dequantize": known}
     answers = run_kept("child:score_in_transformers", asked.merged, argument, asked.output, what)["answers"]
     scores = {way: _saved(asked, encoded, answer, STEP_SCORES[way]) for way, answer in answers.items()}
     dtype, exact = answers[MERGED]["dtype"], MERGED_FLOAT32 in answers
@@ -242,12 +243,15 @@ def _score_steps(
     if last is None:
         return merged, {}, []
     in_float32 = "merged, transformers (float32)" if exact else None
-    steps = {"merged": merged[0], "merged_float32": in_float32, "file": last.name}
-    if exact or dtype == "float32":
-        return merged, {"steps": steps}, []
-    words = "the merged model in float32 does not fit into the free memory (4 bytes a weight and a third)"
-    note = f"{words}, so the step from 16-bit to 32-bit arithmetic is left out of the error ladder"
-    return merged, {"steps": steps}, [note]
+    steps = {"merged": merged[0], "merged_float32": in_float32, "file": last.name, "dequantized": known}
+    notes = []
+    if not (exact or dtype == "float32"):
+        words = "the merged model in float32 does not fit into the free memory (4 bytes a weight and a third)"
+        notes.append(f"{words}, so the step from 16-bit to 32-bit arithmetic is left out of the error ladder")
+    if not known:
+        words = "the weights of a quantized file are dequantized for Qwen2, Qwen3 and Llama alone"
+        notes.append(f"{words}, so the error ladder shows their rounding and the runtime as one step")
+    return merged, {"steps": steps}, notes
 
 
 def run_kept(function: str, path: Path, argument: Mapping[str, Any], output: Path, what: str) -> dict[str, Any]:

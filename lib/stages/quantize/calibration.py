@@ -399,6 +399,9 @@ def gguf_layers(model: Any) -> dict[str, Any]:
     }
     names = name_map(kind, model.config.num_hidden_layers)
     found = {name: names.get_name(f"{name}.weight", (".weight",)) if names else None for name in linear}
+    heads = {getattr(model.config, f"linear_num_{kind}_heads", 0) for kind in ("key", "value")}
+    if len(heads) > 1:  # then GGUF has the columns of these in another order (conversion/qwen.py, _reorder_v_heads)
+        found |= {name: None for name in found if name.endswith(".linear_attn.out_proj")}
     if unknown := [name for name, new in found.items() if new is None]:
         raise refusal("quantize/unknown-layer", unknown=unknown, kind=kind)
     return {str(found[name]): layer for name, layer in linear.items()}

@@ -15,7 +15,7 @@ import numpy as np
 
 from lib.errors import refusal
 from lib.models.configurations import read_configuration
-from lib.models.gguf_file import name_map, row_order
+from lib.models.gguf_file import ARCHITECTURES, name_map, row_order
 from lib.models.weights import NUMPY, StoredTensor, open_weights, widen
 from lib.progress import Progress
 from lib.settings import NF4
@@ -135,7 +135,29 @@ def base_matrices(folder: Path, source: Header) -> tuple[dict[str, BaseMatrix], 
     if not fit:
         raise refusal("quantize/other-base", count=len(matrices), source=source, folder=folder)
     found = {name: BaseMatrix(stored[name], row_order(name, config, stored[name].shape[0])) for name in fit}
+    if architecture not in ARCHITECTURES.values():
+        found = {name: seen for name, base in found.items() if (seen := _as_in_file(name, base, source, config))}
     return found, [name for name in matrices if name not in found]
+
+
+_ALIKE = 0.5
+"""Least cosine of a matrix before and after fine-tuning; rows in another order have one near 0."""
+
+
+def _as_in_file(name: str, base: BaseMatrix, source: Header, config: dict[str, Any]) -> BaseMatrix | None:
+    """The matrix in the row order of a file of a family whose order is not known here, told by the rows themselves:
+    as they are, or with the heads of query or key paired as Llama's; None where neither resembles the file's."""
+    orders = [base.order, row_order(name, {**config, "model_type": "llama"}, len(base.order))]
+    candidates = [BaseMatrix(base.stored, order) for order in orders]
+    wanted = source.rows(name, step=base.step)
+    likeness = [_cosine(candidate.rows(step=base.step), wanted) for candidate in candidates]
+    best = int(np.argmax(likeness))
+    return candidates[best] if likeness[best] > _ALIKE else None
+
+
+def _cosine(first: np.ndarray, second: np.ndarray) -> float:
+    sizes = float(np.linalg.norm(first)) * float(np.linalg.norm(second))
+    return float(np.vdot(first, second)) / sizes if sizes else 1.0
 
 
 def given_back(rounded: np.ndarray, weights: np.ndarray, dtype: str, bits: float) -> np.ndarray:

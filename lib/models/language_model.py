@@ -1,0 +1,158 @@
+"""The language model inside a model that reads pictures or sounds, too (Qwen3.5, Gemma 3), as a folder of its own.
+
+Such a folder keeps the language model's configuration under `text_config` and its tensors behind `language_model.`.
+Training, merging and converting take causal language models, so its part is written out once, under the names that
+transformers gives it alone. The weights stay what they are, bit for bit.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lib.errors import refusal
+from lib.models.configurations import check_configuration, read_configuration
+from lib.models.tokenizer_files import FILES, TEMPLATES
+from lib.models.weights import SINGLE, Weights, open_weights, pack_header, slabs
+from lib.progress import Progress, say
+from lib.runs import files, manifest
+from lib.runs.files import read_json, remembered_sha256, require_space, write_json
+from lib.runs.machine import no_warnings
+
+RECORD = "language_model.json"
+VERSION = 1
+"""Raised when another folder comes out of the same model."""
+_INSIDE = re.compile(r"(?:model\.language_model\.|language_model\.model\.)(.+)")
+_HEAD = re.compile(r"(?:language_model\.)?(lm_head\..+)")
+_FURTHER = re.compile(r"mtp_")
+"""Keys of layers that guess further tokens, which transformers does not load."""
+_SLAB = 1 << 22
+
+
+def name_alone(name: str) -> str | None:
+    """A tensor's name in the language model alone; None for one of another part."""
+    if match := _INSIDE.fullmatch(name):
+        return f"model.{match[1]}"
+    if match := _HEAD.fullmatch(name):
+        return match[1]
+    return name if name.startswith(("model.layers.", "model.embed_tokens.", "model.norm.")) else None
+
+
+def holds_more(config: Mapping[str, Any], weights: Weights) -> bool:
+    """Whether a folder holds more than a causal language model, or names its tensors as if it did."""
+    return isinstance(config.get("text_config"), dict) or any(_INSIDE.fullmatch(name) for name in weights.tensors)
+
+
+def text_configuration(config: Mapping[str, Any], path: Path | str) -> dict[str, Any]:
+    """config.json (of `path`) of the language model alone; of a model that is nothing else, as it is.
+
+    Raises:
+        InputError: a kind of language model that transformers does not know.
+    """
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        return dict(config)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = inner.get("model_type")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise refusal("models/unknown-language-model", config=path, kind=kind)
+    shared = {key: config[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings") if key in config}
+    own = {key: value for key, value in inner.items() if not _FURTHER.match(key)}
+    return {**own, **shared, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]}
+
+
+def language_model_of(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The language model of a folder that `holds_more`, kept under .cache/language-models and written only once.
+
+    Returns:
+        Its folder, and {"weights", "of" (weights of the whole), "left_out": {part: tensors}}.
+
+    Raises:
+        InputError: a kind that transformers does not know, tensors that it misses, or no room.
+    """
+    weights = open_weights(folder)
+    sources = [path for path in _small_files(folder) if path.is_file()] + [*weights.files, folder / "config.json"]
+    key = {"version": VERSION, "files": {str(path.relative_to(folder)): remembered_sha256(path) for path in sources}}
+    made: list[Path] = []
+
+    def build(target: Path) -> dict[str, Any]:
+        made.append(target)
+        return _write(folder, weights, target)
+
+    place = files.home() / ".cache" / "language-models"
+    found = manifest.ensure("text", key, build, place)
+    say(f"{folder.name}: its language model {'written to' if made else 'found in'} {found}")
+    return found, read_json(found / RECORD)
+
+
+def notes_of(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """What every page must say of such a base; nothing where it held nothing else."""
+    if not record["left_out"]:
+        return ()
+    parts = ", ".join(f"{part} ({count})" for part, count in record["left_out"].items())
+    share = f"{record['weights'] / 1e6:,.0f} of {record['of'] / 1e6:,.0f} million weights"
+    return (f"the base's language model alone, {share}; tensors left out: {parts}",)
+
+
+def _small_files(folder: Path) -> list[Path]:
+    names = [*FILES, "generation_config.json", "LICENSE", "README.md"]
+    return [*(folder / name for name in names), *sorted((folder / TEMPLATES).glob("*.jinja"))]
+
+
+def _write(folder: Path, weights: Weights, target: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    config = check_configuration(path, text_configuration(read_configuration(folder), path))
+    names = {name: new for name in weights.tensors if (new := name_alone(name)) is not None}
+    _refuse_incomplete(folder, config, weights, names)
+    parts = [re.sub(r"^model\.", "", name).split(".")[0] for name in weights.tensors if name not in names]
+    kept = sorted(names, key=names.__getitem__)
+    size = sum(weights.tensors[name].nbytes for name in kept)
+    require_space(target, size, f"the language model of {folder.name}")
+    progress = Progress("copying its weights (MB)", size // 10**6, pieces=10**6)
+    with (target / SINGLE).open("wb") as stream, progress:
+        entries = {names[n]: (t.dtype, t.shape, t.nbytes) for n in kept if (t := weights.tensors[n])}
+        stream.write(pack_header(entries, {}))
+        for tensor in map(weights.tensors.__getitem__, kept):
+            for _, first, count in slabs(tensor, _SLAB):
+                values = tensor.read(first, count)
+                stream.write(memoryview(values).cast("B"))
+                progress.advance(values.nbytes)
+    write_json(target / "config.json", config)
+    for path in _small_files(folder):
+        if path.is_file():
+            (target / path.relative_to(folder)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target / path.relative_to(folder))
+    counted = sum(weights.tensors[name].size for name in kept)
+    record = {"weights": counted, "of": weights.parameters, "left_out": dict(sorted(Counter(parts).items()))}
+    write_json(target / RECORD, record)
+    return record
+
+
+def _refuse_incomplete(folder: Path, config: dict[str, Any], weights: Weights, names: Mapping[str, str]) -> None:
+    """Compare the kept tensors with those of the class in transformers, built without memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"), no_warnings():
+        own = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(own.pop("model_type"), **own))
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {new: weights.tensors[name].shape for name, new in names.items()}
+    if model.config.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+        found.pop("lm_head.weight", None)
+    if odd := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
+        first = odd[0]
+        raise refusal(
+            "models/incomplete-language-model",
+            folder=folder,
+            name=first,
+            found=found.get(first, "no such tensor"),
+            wanted=wanted.get(first, "none of that name"),
+            more=len(odd),
+        )
