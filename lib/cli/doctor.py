@@ -99,12 +99,12 @@ def _recommend(params_file: Path | None, model: str | None, pairs: Sequence[str]
 
 def _what_it_takes(settings: Settings, model: str | None, counts: dict[str, int]) -> dict[str, Any]:
     """Disk, time, what 05 and the export formats say of the model: see `lib.pipeline.resources`."""
-    from lib.models.configurations import shapes_of
+    from lib.models.language_model import known_shapes
     from lib.pipeline import resources
 
     config, where = resources.configuration(model or settings.base_model)
     try:
-        shapes = shapes_of(config)
+        shapes = known_shapes(config)
     except KeyError:
         return {"family": config.get("model_type"), "long": False}
     takes = resources.expected(settings, shapes, counts or PER_THOUSAND, where in ("shipped", "hub"))
@@ -175,7 +175,7 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
     if own and (model is None or is_onnx(base) or any(base.glob("*.safetensors"))):
         check_base_folder(base)
         tokenizer = load_tokenizer(base)
-        check_conversion(base)
+        check_conversion(base, as_base=True)
     elif here(source, OFFLINE_BASE) and base.suffix.lower() == ".gguf":
         tokenizer = tokenizer_from_gguf(base)
     elif source == OFFLINE_BASE and folds:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import refusal
-from lib.models.configurations import check_configuration, read_configuration
-from lib.models.tokenizer_files import FILES, TEMPLATES
+from lib.models.configurations import check_configuration, read_configuration, shapes_of
+from lib.models.tokenizer_files import FILES, TEMPLATES, copy_tokenizer
 from lib.models.weights import SINGLE, Weights, open_weights, pack_header, slabs
 from lib.progress import Progress, say
 from lib.runs import files, manifest
@@ -30,6 +30,7 @@ _INSIDE = re.compile(r"(?:model\.language_model\.|language_model\.model\.)(.+)")
 _HEAD = re.compile(r"(?:language_model\.)?(lm_head\..+)")
 _FURTHER = re.compile(r"mtp_")
 """Keys of layers that guess further tokens, which transformers does not load."""
+_OTHERS = ("generation_config.json", "LICENSE", "README.md")
 _SLAB = 1 << 22
 
 
@@ -62,7 +63,7 @@ def text_configuration(config: Mapping[str, Any], path: Path | str) -> dict[str,
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise refusal("models/unknown-language-model", config=path, kind=kind)
     shared = {key: config[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings") if key in config}
-    own = {key: value for key, value in inner.items() if not _FURTHER.match(key)}
+    own = {key: value for key, value in inner.items() if not _FURTHER.match(key) and key != "auto_map"}
     return {**own, **shared, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]}
 
 
@@ -100,8 +101,7 @@ def notes_of(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _small_files(folder: Path) -> list[Path]:
-    names = [*FILES, "generation_config.json", "LICENSE", "README.md"]
-    return [*(folder / name for name in names), *sorted((folder / TEMPLATES).glob("*.jinja"))]
+    return [*(folder / name for name in (*FILES, *_OTHERS)), *sorted((folder / TEMPLATES).glob("*.jinja"))]
 
 
 def _write(folder: Path, weights: Weights, target: Path) -> dict[str, Any]:
@@ -123,28 +123,52 @@ def _write(folder: Path, weights: Weights, target: Path) -> dict[str, Any]:
                 stream.write(memoryview(values).cast("B"))
                 progress.advance(values.nbytes)
     write_json(target / "config.json", config)
-    for path in _small_files(folder):
-        if path.is_file():
-            (target / path.relative_to(folder)).parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target / path.relative_to(folder))
+    copy_tokenizer(folder, target)
+    for name in _OTHERS:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
     counted = sum(weights.tensors[name].size for name in kept)
     record = {"weights": counted, "of": weights.parameters, "left_out": dict(sorted(Counter(parts).items()))}
     write_json(target / RECORD, record)
     return record
 
 
-def _refuse_incomplete(folder: Path, config: dict[str, Any], weights: Weights, names: Mapping[str, str]) -> None:
-    """Compare the kept tensors with those of the class in transformers, built without memory."""
+def known_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The weights of a causal language model that only its configuration is known of: told by `shapes_of`, or for other
+    families by its class in transformers, built without memory.
+
+    Raises:
+        KeyError: a configuration that transformers does not know, or cannot build.
+    """
+    try:
+        return shapes_of(config)
+    except KeyError:
+        return _class_shapes(config)
+
+
+def _class_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"), no_warnings():
-        own = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(own.pop("model_type"), **own))
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    own = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "auto_map", "reasons")}
+    kind = str(own.pop("model_type", None))
+    try:
+        with torch.device("meta"), no_warnings():
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **own))
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise KeyError(kind) from error
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+
+
+def _refuse_incomplete(folder: Path, config: dict[str, Any], weights: Weights, names: Mapping[str, str]) -> None:
+    """Compare the kept tensors with those of the class in transformers."""
+    try:
+        wanted = _class_shapes(config)
+    except KeyError as error:
+        raise refusal("models/unknown-language-model", config=folder / "config.json", kind=error.args[0]) from None
     found = {new: weights.tensors[name].shape for name, new in names.items()}
-    if model.config.tie_word_embeddings:
-        wanted.pop("lm_head.weight", None)
+    if "lm_head.weight" not in wanted:
         found.pop("lm_head.weight", None)
     if odd := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
         first = odd[0]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lib.errors import refusal, refusing
 from lib.models.weights import INDEX, SINGLE, read_object
-from lib.runs.files import data_file
+from lib.runs.files import data_file, write_json
 
 Read = Callable[[str], dict[str, Any]]
 """File name → its JSON object; empty where there is no such file."""
@@ -78,6 +79,19 @@ def chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     elif not isinstance(found, dict):
         found = {"default": found}
     return {str(name): text for name, text in found.items() if isinstance(text, str) and text}
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer's files as they are, but for what asks for code of the folder's own (auto_map), never run."""
+    for path in [source / name for name in FILES] + sorted((source / TEMPLATES).glob("*.jinja")):
+        if path.is_file():
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            settings = read_object(path) if path.name == "tokenizer_config.json" else {}
+            if "auto_map" in settings:
+                write_json(target, {key: value for key, value in settings.items() if key != "auto_map"})
+            else:
+                shutil.copyfile(path, target)
 
 
 def _text(path: Path) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from lib.errors import refusal, refusing
 from lib.models.adapters import base_named, folder_kind, read_adapter, shape_of
 from lib.models.base_model import configuration_of
-from lib.models.configurations import shapes_of
+from lib.models.language_model import known_shapes
 from lib.models.merge_plan import plan_merge
 from lib.models.weights import open_weights
 from lib.pipeline.formats import FOLDERS, GGUF, MERGED, REPORT, title_of
@@ -109,7 +109,7 @@ def _model(name: str) -> Known:
         shapes = {key: tensor.shape for key, tensor in weights.tensors.items()}
         return Known("model", shapes, weights.nbytes, folder, [f"Take the model {name} as it is."])
     with refusing(KeyError, "pipeline/other-family", name=name, kind=config.get("model_type")):
-        shapes = shapes_of(config)
+        shapes = known_shapes(config)
     return Known("model", shapes, predict_folder(shapes, "bf16"), None, [f"Download {name} from the hub."])
 
 

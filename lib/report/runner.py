@@ -309,7 +309,7 @@ def _refuse_unconvertible(run: Run, name: str) -> None:
     data = run.manifest.entries().get("data")
     try:
         if data is not None and not data.facts.get("offline_base"):
-            check_conversion(base_of(run).path)
+            check_conversion(base_of(run).path, as_base=True)
     except InputError as error:
         raise ReportError(name, execute.Failure(str(error), 2)) from None
 
@@ -320,7 +320,7 @@ def _say_expected(session: _Session, settings: Settings, last: Path) -> None:
     A model or data that cannot be read is left to the notebook that will read it.
     """
     from lib.models.base_model import base_of
-    from lib.models.configurations import shapes_of
+    from lib.models.language_model import known_shapes
     from lib.pipeline import resources
     from lib.stages.data.stage import DataResult
 
@@ -329,7 +329,7 @@ def _say_expected(session: _Session, settings: Settings, last: Path) -> None:
         return
     try:
         model = OFFLINE_BASE if data.facts["offline_base"] else str(base_of(session.run).path)
-        shapes = shapes_of(resources.configuration(model)[0])
+        shapes = known_shapes(resources.configuration(model)[0])
         lengths = DataResult.read(session.run.require("data")).lengths.values()
     except (InputError, KeyError, OSError):
         return

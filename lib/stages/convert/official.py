@@ -46,8 +46,11 @@ def convert_folder(model_dir: Path, output: Path, outtype: str = "f16", name: st
         return convert_officially(model_dir, output, outtype, sources, name)
 
 
-def check_conversion(folder: Path) -> list[str]:
+def check_conversion(folder: Path, as_base: bool = False) -> list[str]:
     """Refuse what `convert_folder` would refuse, as far as that is known without reading weights.
+
+    Args:
+        as_base: what will be converted is a merge into this model, which brings no code of its own.
 
     Returns:
         What is to be said of the file that would be made.
@@ -58,17 +61,18 @@ def check_conversion(folder: Path) -> list[str]:
     try:
         return plan_conversion(folder).tokenizer["unsaid"]
     except ForeignModelError as error:
-        sources = sources_for(folder, error)
+        sources = sources_for(folder, error, as_base)
         return [f"05 converts it by {SCRIPT} of {called(sources)}; whether that can is known only then"]
 
 
-def sources_for(folder: Path, error: ForeignModelError) -> Path:
+def sources_for(folder: Path, error: ForeignModelError, as_base: bool = False) -> Path:
     """Where the official converter lies that knows the folder's class; else the error of our own is raised again."""
     sources = kept_sources()
     kinds = read_configuration(folder).get("architectures") or [""]
     if sources is None or kinds[0] not in known_classes(sources):
         raise error
-    _refuse_code(folder)
+    if not as_base:
+        _refuse_code(folder)
     return sources
 
 

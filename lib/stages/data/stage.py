@@ -13,6 +13,7 @@ from lib.errors import InputError, refusal
 from lib.models import loading
 from lib.models.base_model import Base, choose_base, refuse_without_template, resolve_base
 from lib.models.offline_base import ensure_tokenizer
+from lib.models.tokenizer_files import FILES, copy_tokenizer
 from lib.models.unpack import RECORD as UNPACKED
 from lib.prompts.tasks import Task, read_task, task_of, texts_of
 from lib.runs.files import read_json, read_jsonl, user_path, write_json, write_jsonl
@@ -421,7 +422,11 @@ def put_tokenizer(
         shutil.copytree(made, folder)
         return loading.load_tokenizer(folder), facts | {"base_revision": made.name}
     tokenizer = loading.load_tokenizer(base.path)
-    tokenizer.save_pretrained(folder)
+    if any((base.path / name).is_file() for name in FILES if name.endswith(".model")):
+        # transformers saves neither the SentencePiece model nor what llama.cpp's converter reads beside it
+        copy_tokenizer(base.path, folder)
+    else:
+        tokenizer.save_pretrained(folder)
     return tokenizer, facts | {"base_revision": base.revision, **base.facts}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lib.errors import refusal
+from lib.models.head import has_plain_head, output_head
 from lib.prompts.conversations import Encoded
 from lib.stages.finetune import batches
 from lib.stages.finetune.batches import Collate, Collator, PackedCollator
@@ -36,7 +37,7 @@ def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tenso
         hidden = inner.get_decoder()(**inputs, use_cache=False).last_hidden_state
         targets = batch["labels"][:, 1:]
         chosen = targets != batches.IGNORED
-        loss = head_loss(inner.get_output_embeddings(), hidden[:, :-1][chosen], targets[chosen])
+        loss = head_loss(output_head(inner), hidden[:, :-1][chosen], targets[chosen])
     return loss, int(chosen.sum())
 
 
@@ -100,12 +101,8 @@ def autocast(model: Any) -> contextlib.AbstractContextManager:
 
 # How the rows of a micro-batch are laid out for this model: packed behind their shared prefix, or padded.
 
-ENLARGED, ENLARGED_HALF = 1024.0, 16.0
-"""Factor on the hidden states for which the logits are compared, and the one in float16, which ends at 65,504; a power
-of two is exact in every number format."""
-
-SAME = 1e-4
-"""Relative difference of the logits from which on they count as others; they come from one product of one shape."""
+ENLARGED = 1024.0
+"""Factor on probabilities in float16, so that small gradients are not below its smallest number; a power of two."""
 
 LEAK = 1e-5
 """Relative change of a row's loss from which on its neighbours count as seen: of equal shapes, so rounding is none."""
@@ -125,17 +122,14 @@ def choose_layout(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[Col
 
     Args:
         rows: of training and validation together: the prefix is what all of them have in common.
-
-    Raises:
-        InputError: the model's logits are not its output layer on its last hidden state (it scales or caps them), so
-            that computing them at the answer tokens alone would be wrong.
     """
     padded = Collator(pad_id)
     sample = [min(rows, key=len), max(rows, key=len)]
     inner = causal_model(model)
     with _evaluating(model):
-        _require_plain_logits(model, _on_device(model, padded([sample[0]])))
-        problem = batches.unpackable(inner, len(sample[1]))
+        with autocast(inner):
+            problem = None if has_plain_head(inner) else "the model scales or caps its logits"
+        problem = problem or batches.unpackable(inner, len(sample[1]))
         if problem is None:
             packed = PackedCollator(pad_id, batches.shared_prefix(rows))
             problem = _try_packing(model, padded, packed, sample)
@@ -204,30 +198,6 @@ def _on_device(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Te
 def _mean_loss(model: Any, batch: dict[str, torch.Tensor]) -> float:
     total, count = answer_loss(model, _on_device(model, batch))
     return total.item() / count
-
-
-def _require_plain_logits(model: Any, batch: dict[str, torch.Tensor]) -> None:
-    """The model's own logits are what its output layer makes of the same hidden states.
-
-    Those are enlarged, so that a cap on the logits shows whatever their size is.
-    """
-    inner, seen = causal_model(model), []
-    half = inner.get_input_embeddings().weight.dtype == torch.float16
-
-    def enlarge(module: Any, arguments: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state * (ENLARGED_HALF if half else ENLARGED)
-        seen.append(output.last_hidden_state)
-        return output
-
-    handle = inner.get_decoder().register_forward_hook(enlarge)
-    try:
-        with autocast(inner):
-            own = model(**{key: batch[key] for key in ("input_ids", "attention_mask")}).logits.float()
-            plain = inner.get_output_embeddings()(seen[0]).float()
-    finally:
-        handle.remove()
-    if (own - plain).abs().max() > SAME * plain.abs().max():
-        raise refusal("finetune/scaled-logits")
 
 
 def _close(model: Any, found: float, expected: float) -> bool:

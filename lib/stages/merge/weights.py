@@ -23,7 +23,7 @@ import psutil
 
 from lib.errors import InputError, refusal
 from lib.models.merge_plan import EMBEDDING, RULES, Update, plan_merge, remarks
-from lib.models.tokenizer_files import FILES, TEMPLATES, chat_templates, differences, reader, vocabulary
+from lib.models.tokenizer_files import TEMPLATES, chat_templates, copy_tokenizer, differences, reader, vocabulary
 from lib.models.weights import (
     INDEX,
     NUMPY,
@@ -327,14 +327,12 @@ def _keep_template(source: Path, folder: Path) -> None:
 def _copy_small_files(base: Path, tokenizer: Path, folder: Path, config: dict[str, Any], dtype: str | None) -> None:
     if dtype is not None:
         config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    config = {key: value for key, value in config.items() if key != "auto_map"}  # code of the folder's own, never run
     if config == read_object(base / "config.json"):
         shutil.copyfile(base / "config.json", folder / "config.json")
     else:
         write_json(folder / "config.json", config)
-    for source, names in ((base, ("generation_config.json", "LICENSE", "NOTICE")), (tokenizer, FILES)):
-        for name in names:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-    more = tokenizer / TEMPLATES
-    if more.is_dir():
-        shutil.copytree(more, folder / more.name)
+    for name in ("generation_config.json", "LICENSE", "NOTICE"):
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    copy_tokenizer(tokenizer, folder)

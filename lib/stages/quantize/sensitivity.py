@@ -32,6 +32,7 @@ import numpy as np
 
 from lib.errors import refusal
 from lib.models.gguf_file import row_order
+from lib.models.head import output_head
 from lib.models.loading import load_model, weight_bytes
 from lib.progress import Progress, track
 from lib.runs.child import run_child
@@ -278,7 +279,7 @@ def answer_information(model: Any, rows: list[dict[str, Any]], seed: int) -> Inf
     import torch
 
     draw = torch.Generator().manual_seed(seed)
-    body, head = model.get_decoder(), model.get_output_embeddings()
+    body, head = model.get_decoder(), output_head(model)
     with _squared_gradients(model) as mean, Progress("sensitivity at answers, rows", len(rows)) as progress:
         for group in groups(rows):
             ids = torch.zeros((len(group), max(len(row["ids"]) for row in group)), dtype=torch.long)
