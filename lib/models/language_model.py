@@ -87,7 +87,8 @@ def language_model_of(folder: Path) -> tuple[Path, dict[str, Any]]:
 
     place = files.home() / ".cache" / "language-models"
     found = manifest.ensure("text", key, build, place)
-    say(f"{folder.name}: its language model {'written to' if made else 'found in'} {found}")
+    if made:
+        say(f"{folder.name}: its language model was written to {found}")
     return found, read_json(found / RECORD)
 
 
