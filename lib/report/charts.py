@@ -11,6 +11,7 @@ import numpy as np
 from lib.report.display import figure, rows_of, tell
 from lib.report.looks import BLUE, GREEN, GREY, ORANGE, axis_label, panels, readable, replaced, word
 from lib.report.sentences import sentence
+from lib.stages.export.stage import FORMATS
 from lib.statistics import noninferiority
 
 if TYPE_CHECKING:
@@ -373,8 +374,15 @@ def _name_points(ax: Any, points: Mapping[str, tuple[float, float]]) -> None:
             ax.annotate("", place, (x * right, y * above), textcoords="offset points", arrowprops=line, zorder=1)
 
 
+def program(entry: Mapping[str, Any]) -> str:
+    """What runs an entry of comparison.json; rates and memory of two programs are not to be compared."""
+    if entry.get("kind") != "folder":
+        return "llama.cpp"
+    return "torch" if FORMATS[entry["type"]].in_transformers else "ONNX Runtime"
+
+
 def speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
-    """Rate of writing tokens and memory of each file on this machine.
+    """Rate of writing tokens and memory of each file on this machine, in which program.
 
     Args:
         entries: with type, generation_tokens_per_second, generation_tokens_per_second_range, peak_memory_mib.
@@ -386,7 +394,10 @@ def speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[st
         low, high = entry["generation_tokens_per_second_range"]
         left.errorbar(x, place, xerr=[[x - low], [high - x]], **style)
         right.plot(entry["peak_memory_mib"], place, style["fmt"], color=style["color"])
-    left.set_yticks(places, [entry["type"] for entry in entries], fontsize=8)
+    names = [
+        entry["type"] if program(entry) == "llama.cpp" else f"{entry['type']} ({program(entry)})" for entry in entries
+    ]
+    left.set_yticks(places, names, fontsize=8)
     right.set_yticks(places, [""] * len(entries))
     fastest = max(entry["generation_tokens_per_second_range"][1] for entry in entries)
     largest = max(entry["peak_memory_mib"] for entry in entries)

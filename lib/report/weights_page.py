@@ -66,7 +66,7 @@ def rounding_map(found: MergeProof) -> HTML | Markdown:
     fig, ax = panels(min(7.0, 2.6 + 0.28 * layers), 1.0 + 0.24 * len(kinds))
     image = _map_by_layer(ax, rows, "error / change", kinds, layers, vmin=0)
     ax.set_xlabel("layer")
-    fig.colorbar(image, ax=ax, label="error / change")
+    fig.colorbar(image, ax=ax, label="rounding error ÷ adapter's change")
     worst = max(found.rounding, key=found.rounding.__getitem__)
     told = {"tensors": len(rows), "dtype": found.dtype, "worst": worst, "most": found.rounding[worst]}
     return figure(fig, sentence("merge.rounding_map", **told), sentence("merge.rounding_map_alt", **told))
@@ -99,8 +99,8 @@ def _map_by_layer(
         grid.reindex(index=kinds, columns=range(layers + outside)), cmap="cividis", aspect="auto", **colours
     )
     places = list(range(0, layers, max(1, layers // 4)))
-    ax.set_yticks(range(len(kinds)), kinds, fontsize=7)
-    ax.set_xticks([*places, *[layers] * outside], [*map(str, places), *["–"] * outside], fontsize=7)
+    ax.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    ax.set_xticks([*places, *[layers] * outside], [*map(str, places), *["–"] * outside], fontsize=8)
     ax.grid(visible=False)
     return image
 
@@ -281,7 +281,7 @@ def error_map(errors: TensorErrors) -> HTML | Markdown:
     for ax in axes.flat[len(errors.files) :]:
         ax.set_axis_off()
     fig.supxlabel("layer (–: outside of the layers)", fontsize=9)
-    fig.colorbar(image, ax=axes, label="relative RMSE")
+    fig.colorbar(image, ax=axes, label="error ÷ size of the tensor")
     alt = sentence("quantize.error_map_alt", files=errors.files)
     return figure(fig, sentence("quantize.error_map_caption"), alt)
 

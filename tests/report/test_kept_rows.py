@@ -71,7 +71,7 @@ def test_reading() -> None:
 
 def test_chart() -> None:
     shown = retention.kept_chart(FILES, FILES[0]["n"]).data
-    assert "n = 800 test rows" in shown and "Q5_K_M, 112.0 MB 0.31 [0.28,\u00a00.34]" in shown
+    assert "n = 800 test rows" in shown and "Q5_K_M, 112 MB 0.31 [0.28,\u00a00.34]" in shown
     assert "F16, 270" not in shown, "the reference keeps all by definition"
     assert retention.kept_chart([entry("F16", 1, 0, None)], 9) is None
 

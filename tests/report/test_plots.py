@@ -65,10 +65,17 @@ def test_every_figure_is_described_and_has_its_glyphs(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a missing glyph or an empty legend is only a warning to matplotlib
         page = FIGURES[name]().data
-    drawn = r'<img style="max-width:100%" alt="[^"]{20,}" src="data:image/png;base64,'
+    drawn = r'<img style="max-width:100%(;min-width:\d+px)?" alt="[^"]{20,}" src="data:image/png;base64,'
     assert re.search(drawn, page) or re.search(r'<svg role="img" aria-label="[^"]{20,}"', page)
     assert re.search(r"<figcaption>.+</figcaption>", page)
     assert "nan" not in page.split("base64,")[0]
+
+
+def test_small_print_scrolls_where_a_phone_would_make_it_smaller_still() -> None:
+    """6 inches and 8 points: 6 · 72 · 9 / 8 pixels for letters of 9; with 10 points a phone's width will do."""
+    small, plain = FIGURES["label_balance"]().data, FIGURES["length_histogram"]().data
+    assert 'class="scroll" tabindex="0" role="region" aria-label="figure"' in small and "min-width:486px" in small
+    assert "scroll" not in plain and "min-width" not in plain
 
 
 def test_learning_curves_mark_the_chosen_step() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lib.report import display
+from lib.report.sentences import cell_text
 from lib.runs.files import data_file
 from lib.statistics.intervals import Interval
 
@@ -12,7 +13,7 @@ def test_every_column_is_explained_and_formats_a_number() -> None:
     for key, entry in entries.items():
         heading, explanation = entry["en"]
         assert heading and explanation.endswith("."), key
-        assert format(0.5, entry.get("format", "")), key
+        assert cell_text(0.5, entry.get("format", "")), key
         assert entry.keys() <= {"unit", "better", "format", "times", "per", "interval", "en"}, key
         assert entry.get("better", "up") in ("up", "down"), key
 
