@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
 # The figures of notebooks 01 to 03: each takes plain numbers and returns a captioned <figure>.
 
+PHONE_WIDE = 4.9
+"""Inches of a figure whose letters of 8 points can be read in the window of a phone."""
 HATCHES = ("", "//", "..", "xx")
 
 
 def label_balance(counts: Mapping[str, Sequence[int]], label_names: Sequence[str]) -> HTML:
     """Rows of each label in each split, as grouped bars; `counts` is {split: [rows of label 0, 1, …]}."""
-    fig, ax = panels(height=3.0)
+    fig, ax = panels(PHONE_WIDE, 3.0)
     names, width = readable(label_names), 0.8 / len(label_names)
     places = np.arange(len(counts))
     for index, name in enumerate(names):
@@ -217,7 +219,7 @@ TYPE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 
 def tensor_types(files: Mapping[str, Mapping[str, float]]) -> HTML:
     """Megabytes of each tensor type in each file, stacked; `files` is {file: {type: megabytes}}."""
-    fig, ax = panels(height=0.9 + 0.38 * len(files))
+    fig, ax = panels(PHONE_WIDE, 1.5 + 0.36 * len(files))
     kinds = list(dict.fromkeys(kind for types in files.values() for kind in types))
     places = np.arange(len(files))[::-1]
     left = np.zeros(len(files))
@@ -229,7 +231,7 @@ def tensor_types(files: Mapping[str, Mapping[str, float]]) -> HTML:
     ax.set_yticks(places, list(files))
     ax.set_xlabel("tensor data, MB (10⁶ bytes)")
     ax.grid(axis="y", visible=False)
-    ax.legend(title="tensor type", ncols=2, bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=8)
+    fig.legend(title="tensor type", ncols=4, loc="outside lower center", fontsize=8)
     return figure(fig, sentence("charts.tensor_types"), sentence("charts.tensor_types_alt", files=files))
 
 
@@ -262,7 +264,7 @@ def size_loss(entries: Sequence[Mapping[str, Any]], recommended: str | None, mar
         entries: of comparison.json, the reference first. recommended: type of the file that is ringed.
         margin, unit: of the loss.
     """
-    fig, ax = panels(4.8, 3.4)  # a drawing grows with the page: its words must be read on a phone, too
+    fig, ax = panels(PHONE_WIDE, 3.4)
     shown = [entry for entry in entries[1:] if entry["loss"] is not None]
     tips = {}
     for entry in shown:
@@ -303,7 +305,7 @@ def size_divergence(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str
         entries: mappings with type, bytes, kld_mean, kld_low, kld_high.
         frontier: types of which no other file is both smaller and closer to the reference.
     """
-    fig, ax = panels(height=3.4)
+    fig, ax = panels(PHONE_WIDE, 3.4)
     apart = [entry for entry in entries if entry["kld_mean"] > 0]
     places = {entry["type"]: (entry["bytes"] / 1e6, entry["kld_mean"]) for entry in apart}
     for entry in apart:

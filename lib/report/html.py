@@ -13,7 +13,7 @@ from bs4 import BeautifulSoup
 from lib.language import TAGS, language, translated
 from lib.report.index import Stage, Summary, commit_words, fill, parameter_pairs, pretraining, stylesheet, versions_of
 from lib.report.sections import Section, sections
-from lib.report.sentences import TEMPLATES, sentence
+from lib.report.sentences import TEMPLATES, sentence, unbroken
 
 if TYPE_CHECKING:
     from nbconvert import HTMLExporter
@@ -101,6 +101,7 @@ def _exporter() -> HTMLExporter:
     )
     exporter.register_filter("code_caption", code_caption)
     exporter.register_filter("inert", inert)
+    exporter.register_filter("unbroken", unbroken)
     return exporter
 
 

@@ -61,18 +61,20 @@ def _value_as_written(value: Any) -> Any:
 
 
 def megabytes(size: float) -> str:
-    """Bytes in MB (10⁶ bytes): three significant digits, and every digit before the point.
+    """Bytes in MB (10⁶ bytes), see `three_digits`.
 
-    >>> [megabytes(size) for size in (1_234_567, 29_996_000, 987_654_321, 1_234_567_890, 0)]
-    ['1.23', '30.0', '988', '1,235', '0']
+    >>> [megabytes(size) for size in (1_234_567, 29_996_000, 987_654_321, 1_234_567_890, 91_403, 132, 0)]
+    ['1.23', '30.0', '988', '1,235', '0.091', '< 0.001', '0']
     """
     return three_digits(size / 1e6)
 
 
 def three_digits(value: float) -> str:
-    """A size: three significant digits, and every digit before the point."""
+    """A size: three significant digits, every digit before the point, and at most three behind it."""
+    if 0 < value < 5e-4:
+        return "< 0.001"
     rounded = float(f"{value:.3g}")
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}" if rounded else "0"
+    return f"{value:,.{min(3, max(0, 2 - math.floor(math.log10(rounded))))}f}" if rounded else "0"
 
 
 def _in_docstring(text: str) -> str:

@@ -42,7 +42,7 @@ def test_cells_come_from_what_an_entry_stores() -> None:
     assert row["step_points"] == Interval(1.0, 0.0, 2.0) and row["first_points"] is None is row["accuracy"]
     test = Interval(0.5, 0.4, 0.6)
     (scaled,) = display.rows_of("evaluate.accuracy_parts", [{"part": "leak_free", "point": vars(test)}])
-    assert scaled["rows"] == "leak free" and scaled["accuracy"] == 0.5 and scaled["low"] == 0.4
+    assert scaled["which rows"] == "leak free" and scaled["accuracy"] == 0.5 and scaled["low"] == 0.4
     (file,) = display.rows_of("index.files", [{**entry, "type": "Q8_0", "recommended": True}], column="ppl", key="ppl")
     assert (file["type"], file["overview_mb"], file["ppl"], file["verdict"]) == ("Q8_0 ★", 2.5, None, None)
 
