@@ -130,6 +130,7 @@ def estimates(
         ax.axvspan(min(left, 0.0), margin, color=GREEN, alpha=0.12, linewidth=0)
         ax.set_xlim(left, max(right, 1.1 * margin))
     ax.set_xlabel(axis)
+    ax.locator_params(axis="x", nbins=5)  # longer numbers would run into one another
     return figure(fig, sentence(name, **values), sentence("charts.estimates_alt", axis=axis, points=points))
 
 
@@ -156,6 +157,7 @@ def grouped_estimates(name: str, entries: Iterable[Any], /, at: float, **values:
     ax.set_yticks([-i for i in range(len(groups))], [f"{word(group)}\n(n = {counts[group]:,})" for group in groups])
     ax.legend(loc="best", fontsize=8)
     ax.set_xlabel(axis)
+    ax.locator_params(axis="x", nbins=5)
     return figure(fig, sentence(name, **values), sentence("charts.grouped_alt", axis=axis, points=points))
 
 
