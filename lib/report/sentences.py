@@ -88,9 +88,9 @@ def cell_text(value: Any, form: str = "") -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(cell_text(item) for item in value)
+        return translated(", ").join(cell_text(item) for item in value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {cell_text(item)}" for key, item in value.items())
+        return translated(", ").join(f"{key}{translated(': ')}{cell_text(item)}" for key, item in value.items())
     return str(value)
 
 

@@ -124,8 +124,8 @@ def check_prompt(model: Model, check: dict, info: dict) -> bool:
         wrong += differences
     wrong += compare_answer(model, check, info)
     text = shown or model.llm.detokenize(check["ids"]).decode("utf-8", "replace")
-    result = said("FAILED") if wrong else said("ok")
-    print(f"{result}: {check['text'][:40]} → {text}")
+    told = f"{check['text'][:40]} → {text}"
+    print(said("FAILED: {what}", what=told) if wrong else said("ok: {what}", what=told))
     for line in wrong:
         print(f"  {line}")
     return not wrong
@@ -135,7 +135,7 @@ def main() -> int:
     """All checks; the exit code."""
     wrong = damaged_files()
     for line in wrong:
-        print(f"{said('FAILED')}: {line}")
+        print(said("FAILED: {what}", what=line))
     if wrong:
         print(said("Unpack or download the package again."))
         return 1
@@ -145,7 +145,7 @@ def main() -> int:
         model = Model(info)
     except ImportError as error:
         cure = said("Install what requirements.txt names: pip install -r requirements.txt")
-        print(f"{said('FAILED')}: {error}. {cure}")
+        print(said("FAILED: {what}", what=f"{error}. {cure}"))
         return 1
     except (ValueError, OSError) as error:
         print(said("FAILED: llama.cpp does not load {file}: {error}", file=info["file"], error=error))
