@@ -245,7 +245,8 @@ def figure(fig: Figure, caption: str, alt: str, tips: Mapping[str, str] | None =
         drawing = f'<img style="max-width:100%{narrow}" alt="{described}" src="data:image/png;base64,{data}">'
     if narrowest:
         drawing = markup("scrolling_figure", Markup(drawing))
-    return as_html(f"<figure>{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    shape = ' class="tall"' if fig.get_figheight() > fig.get_figwidth() else ""
+    return as_html(f"<figure{shape}>{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>")
 
 
 _LETTERS = 9

@@ -79,6 +79,12 @@ def test_small_print_scrolls_where_a_phone_would_make_it_smaller_still() -> None
     assert all("scroll" not in page and "min-width" not in page for page in (plain, FIGURES["tensor_types"]().data))
 
 
+@pytest.mark.parametrize(("size", "tall"), [((4.0, 6.0), True), ((6.0, 4.0), False)])
+def test_a_figure_higher_than_wide_gets_more_room_in_print(size: tuple[float, float], tall: bool) -> None:
+    fig, _ = looks.panels(*size)
+    assert ('<figure class="tall">' in display.figure(fig, "c", "what it shows").data) == tall
+
+
 def test_learning_curves_mark_the_chosen_step() -> None:
     assert "lowest 1.100 at step 2" in charts.learning_curves(HISTORY, 2).data
 
