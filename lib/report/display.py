@@ -233,8 +233,9 @@ def figure(fig: Figure, caption: str, alt: str, tips: Mapping[str, str] | None =
 
     for words in fig.findobj(Text) if len(rcParams["font.family"]) > 1 else ():  # with Chinese glyphs
         words.set_text(retold(words.get_text()))
-    narrowest, buffer = _narrowest(fig), io.BytesIO()
+    buffer = io.BytesIO()
     fig.savefig(buffer, format="svg" if tips else "png", bbox_inches="tight")
+    narrowest = _narrowest(fig)  # ticks have words only once they are drawn
     plt.close(fig)
     described = html.escape(alt, quote=True)
     narrow = f";min-width:{narrowest}px" if narrowest else ""
