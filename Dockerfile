@@ -1,5 +1,5 @@
 # A frozen image for a classroom: the lock, llama-cpp-python compiled for any processor of the last ten years, JupyterLab
-# for a user without rights. Read by tests/test_dockerfile.py; it has not been built.
+# for a user without rights. Read by tests/test_dockerfile.py, its last RUN tried in a bare environment; it has not been built.
 #
 #   docker build -t workbook .
 #   docker run --rm -p 127.0.0.1:8888:8888 -v "$PWD/work:/home/student/work" workbook
@@ -10,6 +10,8 @@ FROM python:3.12.11-slim-bookworm AS built
 
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
+# Not pinned: Debian's packages have the versions of their release, and a pinned one disappears with the next fix
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends build-essential git \
     && rm -rf /var/lib/apt/lists/*
@@ -24,6 +26,7 @@ RUN CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON" \
 
 FROM python:3.12.11-slim-bookworm
 
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends fonts-noto-cjk git libgomp1 make \
     && rm -rf /var/lib/apt/lists/* \

@@ -306,19 +306,27 @@ def _translated_part(part: str, context: str) -> str:
     return part.replace(message, translated(message, context), 1) if message else part
 
 
-_COMMENTS = re.compile(r'"""(?P<doc>.*?)"""|(?:^ *|  )# (?P<comment>[^\n]+)$', re.S | re.M)
+_SAYING = re.compile(
+    r'"""(?P<doc>.*?)"""|(?:^ *|  )# (?P<comment>[^\n]+)$|\bsaid\(\s*(?P<quote>["\'])(?P<said>[^"\'\n]+)(?P=quote)',
+    re.S | re.M,
+)
 
 
 def code_messages(text: str) -> list[str]:
-    """What a Python file, or a template of one, says to people who read it: docstrings and comments."""
-    return [(found["doc"] or found["comment"]).strip() for found in _COMMENTS.finditer(text)]
+    """What a Python file, or a template of one, says: docstrings and comments to who reads it, and to who runs it the
+    messages of its function `said`; each once."""
+    return list(dict.fromkeys(map(_said_in_code, _SAYING.finditer(text))))
+
+
+def _said_in_code(found: re.Match[str]) -> str:
+    return (found["doc"] or found["comment"] or found["said"]).strip()
 
 
 def translated_code(text: str, name: str) -> str:
-    """A Python file, or a template of one, with docstrings and comments in the language of this process."""
+    """A Python file, or a template of one, with docstrings, comments and messages in the language of this process."""
 
     def of(found: re.Match[str]) -> str:
-        message = (found["doc"] or found["comment"]).strip()
+        message = _said_in_code(found)
         return found[0].replace(message, translated(message, name), 1)
 
-    return _COMMENTS.sub(of, text)
+    return _SAYING.sub(of, text)

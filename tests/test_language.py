@@ -223,16 +223,18 @@ x = "a # b"  # why
 def f():
     """One."""
     # two
+    print(said("{n} rows", n=1))
     return "# no comment"
 '''
 
 
-def test_docstrings_and_comments_of_a_program_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert code_messages(PROGRAM) == ["What it does.\n\nAt length.", "why", "a line", "One.", "two"]
+def test_docstrings_comments_and_messages_of_a_program_are_translated(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert code_messages(PROGRAM) == ["What it does.\n\nAt length.", "why", "a line", "One.", "two", "{n} rows"]
     known = {("p", text): f"译{place}" for place, text in enumerate(code_messages(PROGRAM))}
     monkeypatch.setattr(language, "_translations", lambda _: known)
     told = translated_code(PROGRAM, "p")
-    assert told.startswith('"""译0\n"""\nx = "a # b"  # 译1\n# 译2\n') and '    """译3"""\n    # 译4\n' in told
+    assert told.startswith('"""译0\n"""\nx = "a # b"  # 译1\n# 译2\n')
+    assert '    """译3"""\n    # 译4\n    print(said("译5", n=1))\n' in told
     assert translated_code(PROGRAM, "q") == PROGRAM
 
 

@@ -5,6 +5,7 @@ The network is used for config.json of a base model alone, where that is neither
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import shutil
@@ -13,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -72,14 +74,15 @@ def _recommend(params_file: Path | None, model: str | None, pairs: Sequence[str]
     rows: dict[str, Any] | None = None
     unused: list[str] = []
     counts: dict[str, int] = {}
+    tokens = 0.0
     refused: InputError | None = None
     try:
-        rows, unused, counts = _ask_what_is_here(settings, model)
+        rows, unused, counts, tokens = _ask_what_is_here(settings, model)
     except InputError as error:
         if user_path(settings.dataset).exists() or not Path(settings.dataset).suffix:
             raise
         refused = error  # rows that have yet to be brought: the rest is told all the same
-    takes = _what_it_takes(settings, model, counts)
+    takes = _what_it_takes(settings, model, counts, tokens)
     found: dict[str, Any] = {}
     if settings.finetuning_type == UNTRAINED:
         text = sentence("doctor.untrained")
@@ -97,8 +100,12 @@ def _recommend(params_file: Path | None, model: str | None, pairs: Sequence[str]
         raise refused
 
 
-def _what_it_takes(settings: Settings, model: str | None, counts: dict[str, int]) -> dict[str, Any]:
-    """Disk, time, what 05 and the export formats say of the model: see `lib.pipeline.resources`."""
+def _what_it_takes(settings: Settings, model: str | None, counts: dict[str, int], tokens: float) -> dict[str, Any]:
+    """Disk, time, what 05 and the export formats say of the model: see `lib.pipeline.resources`.
+
+    Args:
+        tokens: of a row on average; 0 = not known.
+    """
     from lib.models.language_model import known_shapes
     from lib.pipeline import resources
 
@@ -107,7 +114,8 @@ def _what_it_takes(settings: Settings, model: str | None, counts: dict[str, int]
         shapes = known_shapes(config)
     except KeyError:
         return {"family": config.get("model_type"), "long": False}
-    takes = resources.expected(settings, shapes, counts or PER_THOUSAND, where in ("shipped", "hub"))
+    download = where in ("shipped", "hub")
+    takes = resources.expected(settings, shapes, counts or PER_THOUSAND, download, tokens=tokens)
     return {
         "family": None,
         "where": where,
@@ -121,7 +129,8 @@ def _what_it_takes(settings: Settings, model: str | None, counts: dict[str, int]
         "long": sum(takes.seconds.values()) > resources.LONG,
         "rows": counts or None,
         "epochs": settings.num_train_epochs,
-        "tokens": settings.max_seq_length,
+        "tokens": tokens or settings.max_seq_length,
+        "counted": bool(tokens),
         "speed": asdict(takes.speed),
         "conversion": resources.conversion_problem(config),
         "reasons": config.get("reasons"),
@@ -129,12 +138,15 @@ def _what_it_takes(settings: Settings, model: str | None, counts: dict[str, int]
     }
 
 
-def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, Any] | None, list[str], dict[str, int]]:
+def _ask_what_is_here(
+    settings: Settings, model: str | None
+) -> tuple[dict[str, Any] | None, list[str], dict[str, int], float]:
     """What the steps of the run would refuse of the data, model and adapter that lie on this disk.
 
     Returns:
         what the test rows can show (`lib.report.data_page.detectable`); None where they lie elsewhere or have no
         labels. What of the data is not used, in the words of page 01. Rows by split; empty where they lie elsewhere.
+        Tokens of a row on average; 0 where its tokenizer is not here either.
 
     Raises:
         InputError: the first of them.
@@ -170,7 +182,7 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
             rows = detectable(rows_of_folds(parts))
     counts = {name: len(part) for name, part in folds[0].splits.items()} if folds else {}
     if not machine.has_module("torch"):
-        return rows, unused, counts
+        return rows, unused, counts, 0.0
     own = here(source, OFFLINE_BASE) and base.is_dir()
     if own and (model is None or is_onnx(base) or any(base.glob("*.safetensors"))):
         check_base_folder(base)
@@ -182,15 +194,17 @@ def _ask_what_is_here(settings: Settings, model: str | None) -> tuple[dict[str, 
         with tempfile.TemporaryDirectory() as temporary:
             rows_of_train = folds[0].splits["train"]
             tokenizer, _ = put_tokenizer(None, folds[0].kind.task, rows_of_train, Path(temporary) / "tokenizer")
+    tokens = 0.0
     if tokenizer is not None and folds:
-        measure(tokenizer, folds[0])
+        lengths = itertools.chain(*measure(tokenizer, folds[0])[1].values())
+        tokens = mean(min(length, settings.max_seq_length) for length in lengths)
     if here(settings.adapter):
         adapter = resolve_adapter(settings.adapter).path
         if own:
             check_fit(adapter, base)
         else:
             refuse_unsupported(read_adapter(adapter))
-    return rows, unused, counts
+    return rows, unused, counts, tokens
 
 
 def rows_text(settings: Settings, rows: dict[str, Any] | None) -> str:

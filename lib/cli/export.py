@@ -15,6 +15,7 @@ from lib.errors import InputError, as_input_error, in_words
 from lib.language import AUTO
 from lib.progress import say
 from lib.runs.files import user_path
+from lib.runs.render import megabytes
 
 _NO_ROWS = RowOptions()
 
@@ -115,7 +116,7 @@ def _simulate(checkpoints: list[str], output: Path, formats: str, base_model: st
         shown = [
             {
                 "format": row["format"],
-                "MB": ("" if row["exact"] else "about ") + f"{row['bytes'] / 1e6:,.1f}",
+                "MB": ("" if row["exact"] else "about ") + megabytes(row["bytes"]),
                 "memory to make it": f"about {row['memory_mib']:,} MiB",
                 "time": row["time"],
             }

@@ -13,6 +13,7 @@ from lib.cli.console import cell, replacing, show
 from lib.errors import InputError
 from lib.language import LABEL, told, translated
 from lib.runs.files import user_path
+from lib.runs.render import megabytes
 
 
 def inspect(path: str, as_json: bool = False) -> None:
@@ -113,7 +114,7 @@ def _line(key: str, value: str) -> str:
 
 def _value(key: str, value: Any) -> str:
     if key == "bytes":
-        return f"{value:,} ({value / 1e6:,.1f} MB)"
+        return f"{value:,} ({megabytes(value)} MB)"
     if isinstance(value, bool):
         return translated("yes" if value else "no", LABEL)
     if isinstance(value, int):

@@ -11,7 +11,7 @@ from lib import CHATTER
 from lib.language import translated
 from lib.runs.files import write_text
 from lib.runs.packages import closure, pin
-from lib.runs.render import render
+from lib.runs.render import megabytes, render
 from lib.stages.export.stage import FORMATS
 
 _TEMPLATES = Path(__file__).with_name("templates")
@@ -63,7 +63,7 @@ def table_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         terms, thinking = checks["terms"], checks["thinking"]
         row = {
             "format": record.get("path", "merged_model"),
-            "MB": record["bytes"] / 1e6,
+            "MB": megabytes(record["bytes"]),
             "of merged, %": 100 * record["bytes"] / merged["bytes"],
             "mean KLD": record["check"]["mean_kld"] if "check" in record else None,
             "same answers": f"{checks['same_text']} of {checks['prompts']}" if place else None,

@@ -11,6 +11,7 @@ import numpy as np
 from lib.report.display import figure, rows_of, tell
 from lib.report.looks import BLUE, GREEN, GREY, ORANGE, axis_label, panels, readable, replaced, word
 from lib.report.sentences import sentence
+from lib.stages.export.stage import FORMATS
 from lib.statistics import noninferiority
 
 if TYPE_CHECKING:
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
 
 # The figures of notebooks 01 to 03: each takes plain numbers and returns a captioned <figure>.
 
+PHONE_WIDE = 4.9
+"""Inches of a figure whose letters of 8 points can be read in the window of a phone."""
 HATCHES = ("", "//", "..", "xx")
 
 
 def label_balance(counts: Mapping[str, Sequence[int]], label_names: Sequence[str]) -> HTML:
     """Rows of each label in each split, as grouped bars; `counts` is {split: [rows of label 0, 1, …]}."""
-    fig, ax = panels(height=3.0)
+    fig, ax = panels(PHONE_WIDE, 3.0)
     names, width = readable(label_names), 0.8 / len(label_names)
     places = np.arange(len(counts))
     for index, name in enumerate(names):
@@ -127,6 +130,7 @@ def estimates(
         ax.axvspan(min(left, 0.0), margin, color=GREEN, alpha=0.12, linewidth=0)
         ax.set_xlim(left, max(right, 1.1 * margin))
     ax.set_xlabel(axis)
+    ax.locator_params(axis="x", nbins=5)  # longer numbers would run into one another
     return figure(fig, sentence(name, **values), sentence("charts.estimates_alt", axis=axis, points=points))
 
 
@@ -153,6 +157,7 @@ def grouped_estimates(name: str, entries: Iterable[Any], /, at: float, **values:
     ax.set_yticks([-i for i in range(len(groups))], [f"{word(group)}\n(n = {counts[group]:,})" for group in groups])
     ax.legend(loc="best", fontsize=8)
     ax.set_xlabel(axis)
+    ax.locator_params(axis="x", nbins=5)
     return figure(fig, sentence(name, **values), sentence("charts.grouped_alt", axis=axis, points=points))
 
 
@@ -216,7 +221,7 @@ TYPE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 
 def tensor_types(files: Mapping[str, Mapping[str, float]]) -> HTML:
     """Megabytes of each tensor type in each file, stacked; `files` is {file: {type: megabytes}}."""
-    fig, ax = panels(height=0.9 + 0.38 * len(files))
+    fig, ax = panels(PHONE_WIDE, 1.5 + 0.36 * len(files))
     kinds = list(dict.fromkeys(kind for types in files.values() for kind in types))
     places = np.arange(len(files))[::-1]
     left = np.zeros(len(files))
@@ -228,7 +233,7 @@ def tensor_types(files: Mapping[str, Mapping[str, float]]) -> HTML:
     ax.set_yticks(places, list(files))
     ax.set_xlabel("tensor data, MB (10⁶ bytes)")
     ax.grid(axis="y", visible=False)
-    ax.legend(title="tensor type", ncols=2, bbox_to_anchor=(1.01, 1), loc="upper left", fontsize=8)
+    fig.legend(title="tensor type", ncols=4, loc="outside lower center", fontsize=8)
     return figure(fig, sentence("charts.tensor_types"), sentence("charts.tensor_types_alt", files=files))
 
 
@@ -261,7 +266,7 @@ def size_loss(entries: Sequence[Mapping[str, Any]], recommended: str | None, mar
         entries: of comparison.json, the reference first. recommended: type of the file that is ringed.
         margin, unit: of the loss.
     """
-    fig, ax = panels(4.8, 3.4)  # a drawing grows with the page: its words must be read on a phone, too
+    fig, ax = panels(PHONE_WIDE, 3.4)
     shown = [entry for entry in entries[1:] if entry["loss"] is not None]
     tips = {}
     for entry in shown:
@@ -302,7 +307,7 @@ def size_divergence(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str
         entries: mappings with type, bytes, kld_mean, kld_low, kld_high.
         frontier: types of which no other file is both smaller and closer to the reference.
     """
-    fig, ax = panels(height=3.4)
+    fig, ax = panels(PHONE_WIDE, 3.4)
     apart = [entry for entry in entries if entry["kld_mean"] > 0]
     places = {entry["type"]: (entry["bytes"] / 1e6, entry["kld_mean"]) for entry in apart}
     for entry in apart:
@@ -373,8 +378,15 @@ def _name_points(ax: Any, points: Mapping[str, tuple[float, float]]) -> None:
             ax.annotate("", place, (x * right, y * above), textcoords="offset points", arrowprops=line, zorder=1)
 
 
+def program(entry: Mapping[str, Any]) -> str:
+    """What runs an entry of comparison.json; rates and memory of two programs are not to be compared."""
+    if entry.get("kind") != "folder":
+        return "llama.cpp"
+    return "torch" if FORMATS[entry["type"]].in_transformers else "ONNX Runtime"
+
+
 def speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
-    """Rate of writing tokens and memory of each file on this machine.
+    """Rate of writing tokens and memory of each file on this machine, in which program.
 
     Args:
         entries: with type, generation_tokens_per_second, generation_tokens_per_second_range, peak_memory_mib.
@@ -386,7 +398,10 @@ def speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[st
         low, high = entry["generation_tokens_per_second_range"]
         left.errorbar(x, place, xerr=[[x - low], [high - x]], **style)
         right.plot(entry["peak_memory_mib"], place, style["fmt"], color=style["color"])
-    left.set_yticks(places, [entry["type"] for entry in entries], fontsize=8)
+    names = [
+        entry["type"] if program(entry) == "llama.cpp" else f"{entry['type']} ({program(entry)})" for entry in entries
+    ]
+    left.set_yticks(places, names, fontsize=8)
     right.set_yticks(places, [""] * len(entries))
     fastest = max(entry["generation_tokens_per_second_range"][1] for entry in entries)
     largest = max(entry["peak_memory_mib"] for entry in entries)

@@ -41,6 +41,7 @@ from lib.scoring.metric import ACCURACY
 from lib.settings import GRID_SIZABLE
 from lib.stages.compare.speed import MEMORIES
 from lib.statistics.intervals import limits_text
+from lib.statistics.losses import KEEPS_LITTLE, keeps_little
 from lib.statistics.noninferiority import GOOD_ENOUGH, LEVEL, NO_VERDICT, WORSE, least_margin, rows_for
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ class _Page:
         where = self.result.conditions
         runs = {kind: sorted(e[f"{kind}_runs"] for e in self.files) for kind in ("load", "prompt", "generation")}
         counts = {"threads": where["n_threads"], "runs": runs}
-        measured = tabled("compare.speeds", self.files, processor=where["processor"], **counts)
+        rows = rows_of("compare.speeds", self.files, program=charts.program)
+        measured = table(rows, sentence("compare.speeds", processor=where["processor"], **counts))
         return charts.speed_and_memory(self.files, self.result.frontier), measured
 
     def learned(self) -> Markdown:
@@ -158,6 +160,8 @@ class _Page:
             below_floor=self.result.below_floor,
             written=self._written_otherwise(),
             at_best=self._at_best(),
+            little=KEEPS_LITTLE,
+            poor=[] if self.result.recommendation["warning"] else [*filter(keeps_little, self.others)],
         )
 
     def _changed(self) -> str | None:

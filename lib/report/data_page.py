@@ -97,13 +97,14 @@ class DataPage:
         found = display.table(self.result.duplicates, sentence("data.copies", labelled=self.labelled))
         if self.result.overlaps == self.result.overlaps_used or not _any_copies(self.result.overlaps):
             return found
-        return display.stacked(found, display.table(self.result.overlaps, sentence("data.overlaps", as_read=True)))
+        caption = sentence("data.overlaps", as_read=True, left=_any_copies(self.result.overlaps_used))
+        return display.stacked(found, display.table(self.result.overlaps, caption))
 
     def overlaps(self) -> HTML | Markdown:
         """Leaks between splits."""
         if not _any_copies(self.result.overlaps_used):
             return absent("data.no_overlaps")
-        return display.table(self.result.overlaps_used, sentence("data.overlaps", as_read=False))
+        return display.table(self.result.overlaps_used, sentence("data.overlaps", as_read=False, left=True))
 
     def leaks(self) -> Markdown:
         """How many test rows are leaked."""

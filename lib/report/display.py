@@ -22,6 +22,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
 from lib.language import CHINESE, language, retold, translated
 from lib.report.sentences import cell_text, environment, in_markdown, sentence, word_rows
 from lib.runs.files import data_file
@@ -57,7 +59,7 @@ class Column:
     Attributes:
         heading: with unit and the direction that is better: "KL, nats ↓".
         explanation: one sentence for whoever hovers over the heading; may be empty.
-        form: format specification of its numbers; empty for four significant digits.
+        form: format specification of its numbers, or SIZE; empty for four significant digits.
         times, per: what stored numbers are multiplied and divided by.
         interval: whether the limits of a stored number KEY lie beside it, as KEY_interval.
         numeric: whether its cells are set to the right.
@@ -162,7 +164,7 @@ def build(rows: Iterable[Row], caption: str, formats: Mapping[str, str] | None =
     """The table of some rows, in the order in which their keys first occur.
 
     >>> build([{"type": "Q8_0", "size_mb": 145.2}, {"type": "Q2_K"}], "Files.").rows
-    [['Q8_0', '145.200'], ['Q2_K', '–']]
+    [['Q8_0', '145'], ['Q2_K', '–']]
 
     Args:
         rows: mappings from keys of ``columns.yaml``, or headings, to numbers, `Interval`s and text.
@@ -233,20 +235,40 @@ def figure(fig: Figure, caption: str, alt: str, tips: Mapping[str, str] | None =
         words.set_text(retold(words.get_text()))
     buffer = io.BytesIO()
     fig.savefig(buffer, format="svg" if tips else "png", bbox_inches="tight")
+    narrowest = _narrowest(fig)  # ticks have words only once they are drawn
     plt.close(fig)
     described = html.escape(alt, quote=True)
+    narrow = f";min-width:{narrowest}px" if narrowest else ""
     if tips:
-        drawing = _with_tips(buffer.getvalue().decode(), described, tips)
+        drawing = _with_tips(buffer.getvalue().decode(), described, tips, narrow)
     else:
         data = base64.b64encode(buffer.getvalue()).decode()
-        drawing = f'<img style="max-width:100%" alt="{described}" src="data:image/png;base64,{data}">'
-    return as_html(f"<figure>{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>")
+        drawing = f'<img style="max-width:100%{narrow}" alt="{described}" src="data:image/png;base64,{data}">'
+    if narrowest:
+        drawing = markup("scrolling_figure", Markup(drawing))
+    shape = ' class="tall"' if fig.get_figheight() > fig.get_figwidth() else ""
+    return as_html(f"<figure{shape}>{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>")
 
 
-def _with_tips(svg: str, alt: str, tips: Mapping[str, str]) -> str:
+_LETTERS = 9
+"""CSS pixels of a figure's smallest letters: one that is shown narrower than that takes scrolls in a box of its own."""
+_PHONE = 400
+"""CSS pixels: a figure that asks for no more is shrunk to the width of a phone's window."""
+
+
+def _narrowest(fig: Figure) -> int:
+    """CSS pixels below which the smallest words of a figure could not be read; 0 where a phone is wide enough."""
+    from matplotlib.text import Text
+
+    sizes = [words.get_fontsize() for words in fig.findobj(Text) if words.get_text() and words.get_visible()]
+    width = round(fig.get_figwidth() * 72 * _LETTERS / min(sizes))
+    return width if width > _PHONE else 0
+
+
+def _with_tips(svg: str, alt: str, tips: Mapping[str, str], narrow: str) -> str:
     """A drawing of matplotlib to stand in a page: without a head and a style sheet of its own, with tooltips."""
     drawing = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.S)
-    looks = "width:100%;max-width:42rem;height:auto;stroke-linejoin:round;stroke-linecap:butt"
+    looks = f"width:100%;max-width:42rem{narrow};height:auto;stroke-linejoin:round;stroke-linecap:butt"
     drawing = drawing.replace("<svg ", f'<svg role="img" aria-label="{alt}" style="{looks}" ', 1)
     for name, words in tips.items():
         drawing = drawing.replace(f'<g id="{name}">', f'<g id="{name}"><title>{html.escape(words)}</title>', 1)

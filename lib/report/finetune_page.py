@@ -16,6 +16,7 @@ from lib.progress import show_live, shown_live
 from lib.prompts.tasks import read_task
 from lib.report import charts, display
 from lib.report.display import absent, figure, table, tell
+from lib.report.index import pretraining
 from lib.report.sentences import sentence, word_rows
 from lib.runs.files import read_jsonl
 from lib.runs.machine import physical_cores, whole_lines
@@ -183,7 +184,8 @@ def chosen(result: FinetuneResult) -> Markdown:
 @_of_a_training
 def speed(result: FinetuneResult) -> Markdown:
     """Tokens a second and the time of the whole stage."""
-    return tell("finetune.speed", result=result, losses=_validation(result))
+    base = pretraining(result.product.entry)
+    return tell("finetune.speed", result=result, losses=_validation(result), base_seconds=base)
 
 
 @_of_a_training

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from bs4 import BeautifulSoup
 
 from lib.language import TAGS, language, translated
-from lib.report.index import Stage, Summary, commit_words, fill, parameter_pairs, stylesheet, versions_of
+from lib.report.index import Stage, Summary, commit_words, fill, parameter_pairs, pretraining, stylesheet, versions_of
 from lib.report.sections import Section, sections
-from lib.report.sentences import TEMPLATES, sentence
+from lib.report.sentences import TEMPLATES, sentence, unbroken
 
 if TYPE_CHECKING:
     from nbconvert import HTMLExporter
@@ -50,6 +50,7 @@ def _bottom(notebook: NotebookNode, name: str, summary: Summary) -> str:
     entries = summary.products(name)
     for product, entry in entries.items():
         told = {"duration": duration(entry.seconds), "entry": entry, "commit": commit_words(entry.git)}
+        told["base_seconds"] = pretraining(entry)
         files = [(file, f"{o['bytes']:,} · {o['sha256'][:16]}") for file, o in entry.outputs.items()]
         products.append({"name": product, "cost": sentence("index.product_cost", **told), "files": files})
     return fill(
@@ -100,6 +101,7 @@ def _exporter() -> HTMLExporter:
     )
     exporter.register_filter("code_caption", code_caption)
     exporter.register_filter("inert", inert)
+    exporter.register_filter("unbroken", unbroken)
     return exporter
 
 

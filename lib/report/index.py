@@ -23,6 +23,7 @@ from lib.select.choice import outdated, read_analysis
 from lib.settings import Settings
 from lib.stages.compare.recommend import reworded
 from lib.stages.evaluate.results import ALL, LEAK_FREE, told_apart
+from lib.stages.finetune.stage import PRETRAINING
 from lib.statistics.intervals import Interval
 
 if TYPE_CHECKING:
@@ -111,6 +112,12 @@ class Summary:
 def commit_words(git: Mapping[str, Any]) -> str:
     """A manifest's git entry in words."""
     return sentence("index.commit", git={"commit": None, "dirty": False, **git})
+
+
+def pretraining(entry: Entry) -> float:
+    """Seconds of an adapter's product that pre-trained the offline base; 0 where it was there already."""
+    seconds = float(entry.facts.get(PRETRAINING, 0.0))
+    return seconds if seconds >= 1 else 0.0
 
 
 def summarise(run: Run) -> Summary:
@@ -297,14 +304,15 @@ def write_run_index(folder: Path, summary: Summary, stages: list[Stage], state: 
     column, key = ("accuracy", "accuracy") if summary.labelled else ("answer_perplexity", "answer_ppl")
     given = summary.parameters(NOTEBOOK_OF["comparison"])
     margin = given.get("equivalence_margin" if summary.labelled else "perplexity_margin")
-    verdicts = {"margin": margin, "seed": given.get("seed"), "rule": summary.recommendation.get("rule", "")}
+    verdicts = {"margin": margin, "seed": given.get("seed")}
     files = rows_of("index.files", summary.files, column=column, key=key)
     if not summary.labelled:
         files = [{name: cell for name, cell in row.items() if name != "flips"} for row in files]
     n = summary.files[0].get("n") if summary.files else None
     caption = sentence("index.files", n=n, apart=[file for file in summary.files if file.get("n") != n])
     words = data_file("runs/products.yaml")["words"]
-    cost = build(rows_of("index.cost", summary.entries.items(), words=words), sentence("index.cost"))
+    base = next(filter(None, map(pretraining, summary.entries.values())), 0.0)
+    cost = build(rows_of("index.cost", summary.entries.items(), words=words), sentence("index.cost", base_seconds=base))
     text = fill(
         "run.html.j2",
         run=summary,

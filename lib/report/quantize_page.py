@@ -189,7 +189,7 @@ def exports(found: ExportsResult) -> Shown:
     if not found.made and not found.skipped:
         return (absent("quantize.no_export"),)
     rows = rows_of("quantize.exports", found.made)
-    shown = (table(rows, sentence("quantize.exports")),) if rows else ()
+    shown = (table(rows, sentence("quantize.exports", seconds=found.product.entry.seconds)),) if rows else ()
     return (*shown, tell("quantize.skipped", formats=found.skipped))
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _PAIRS = 3
 """Pairs of files that are named."""
+_LEAST = 0.02
+"""Share of the fine-tuning that a file must have lost before its loss is worth a word."""
 
 
 def _known(files: Sequence[Entry]) -> list[Entry]:
@@ -55,9 +57,11 @@ def _order(known: Sequence[Entry]) -> dict[str, Any] | None:
 
 
 def _turned(first: Entry, second: Entry) -> tuple[Entry, Entry] | None:
-    """The file that is surely nearer on text and the other, if it surely lost more: its slope is below 1, and farther
-    from 1 than the other's can be."""
+    """The file that is surely nearer on text and the other, if it surely lost more, and not too little to speak of: its
+    slope is below 1, and farther from 1 than the other's can be."""
     near, far = sorted((first, second), key=lambda e: e["kld_mean"])
+    if near["retention"] > 1 - _LEAST:
+        return None
     if near["kld_high"] >= far["kld_low"] or not (near["retention_interval"] and far["retention_interval"]):
         return None
     lost = 1 - near["retention_interval"][1]

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup, escape
 
 from lib.language import language, retold, translated
-from lib.runs.render import as_written, templates
+from lib.runs.render import as_written, megabytes, templates, three_digits
 from lib.statistics.intervals import IN_BRACKETS, IN_WORDS, Interval, estimate_text, limits_text
 
 if TYPE_CHECKING:
@@ -67,6 +67,10 @@ def spread(values: Sequence[float], dash: str = "to", middle: float | None = Non
     return f"{shown:{form}} ({min(values):{form}} {dash} {max(values):{form}})"
 
 
+SIZE = "size"
+"""Form of sizes: three significant digits."""
+
+
 def cell_text(value: Any, form: str = "") -> str:
     """A value as text; numbers and intervals by the format of their column."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -75,6 +79,8 @@ def cell_text(value: Any, form: str = "") -> str:
         return translated("yes" if value else "no")
     if isinstance(value, Interval):
         return format(value, form or ".4g").replace("%", "\u00a0%")
+    if isinstance(value, (int, float)) and form == SIZE:
+        return three_digits(value)
     if isinstance(value, (int, float)) and form:
         return "0" if value == 0 and form.endswith("e") else format(value, form).replace("%", "\u00a0%")
     if isinstance(value, float):
@@ -82,9 +88,9 @@ def cell_text(value: Any, form: str = "") -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(cell_text(item) for item in value)
+        return translated(", ").join(cell_text(item) for item in value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {cell_text(item)}" for key, item in value.items())
+        return translated(", ").join(f"{key}{translated(': ')}{cell_text(item)}" for key, item in value.items())
     return str(value)
 
 
@@ -113,7 +119,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "count": lambda value: format(value, ","),
     "plain": cell_text,
     "percent": lambda share, digits=0: f"{100 * share:.{digits}f} %",
-    "mb": lambda size, digits=2: f"{size / 1e6:,.{digits}f} MB",
+    "mb": lambda size: f"{megabytes(size)} MB",
     "counted": counted,
     "listed": listed,
     "spread": spread,

@@ -11,6 +11,7 @@ import numpy as np
 
 from lib.language import sentences
 from lib.models.gguf_file import run_gguf
+from lib.report.charts import PHONE_WIDE
 from lib.report.display import Entry, Row, Shown, absent, card, figure, mark_names, rows_of, table, tell
 from lib.report.looks import GREY, ORANGE, panels, use_style
 from lib.report.sentences import in_markdown, sentence, word_rows
@@ -66,7 +67,7 @@ def rounding_map(found: MergeProof) -> HTML | Markdown:
     fig, ax = panels(min(7.0, 2.6 + 0.28 * layers), 1.0 + 0.24 * len(kinds))
     image = _map_by_layer(ax, rows, "error / change", kinds, layers, vmin=0)
     ax.set_xlabel("layer")
-    fig.colorbar(image, ax=ax, label="error / change")
+    fig.colorbar(image, ax=ax, label="rounding error ÷ adapter's change")
     worst = max(found.rounding, key=found.rounding.__getitem__)
     told = {"tensors": len(rows), "dtype": found.dtype, "worst": worst, "most": found.rounding[worst]}
     return figure(fig, sentence("merge.rounding_map", **told), sentence("merge.rounding_map_alt", **told))
@@ -99,8 +100,8 @@ def _map_by_layer(
         grid.reindex(index=kinds, columns=range(layers + outside)), cmap="cividis", aspect="auto", **colours
     )
     places = list(range(0, layers, max(1, layers // 4)))
-    ax.set_yticks(range(len(kinds)), kinds, fontsize=7)
-    ax.set_xticks([*places, *[layers] * outside], [*map(str, places), *["–"] * outside], fontsize=7)
+    ax.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    ax.set_xticks([*places, *[layers] * outside], [*map(str, places), *["–"] * outside], fontsize=8)
     ax.grid(visible=False)
     return image
 
@@ -110,7 +111,7 @@ def agreement_strip(report: GateReport) -> HTML | Markdown:
     values = np.asarray(report.divergences)
     if not len(values):
         return absent("convert.no_divergences")
-    fig, ax = panels(height=2.2)
+    fig, ax = panels(PHONE_WIDE, 2.2)
     least = max(values[values > 0].min() if (values > 0).any() else report.limit_kld * 1e-6, 1e-12)
     ax.plot(np.arange(1, len(values) + 1), np.maximum(values, least), ".", markersize=3)
     ax.axhline(report.limit_kld, color=ORANGE, linestyle="--", linewidth=1, label="limit of the mean")
@@ -270,9 +271,9 @@ def error_map(errors: TensorErrors) -> HTML | Markdown:
     if not values:
         return tell("quantize.no_errors")
     kinds, layers = _kinds(rows), _layers(rows)
-    across = max(1, min(len(errors.files), 24 // (layers + 4) + 1))
+    across = max(1, min(len(errors.files), 15 // (layers + 4) + 1))
     down = -(-len(errors.files) // across)
-    size = (7.4, down * (0.7 + 0.17 * len(kinds)))
+    size = (PHONE_WIDE, 0.7 + down * (0.6 + 0.17 * len(kinds)))
     fig, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False, sharey=True)
     scale = LogNorm(min(values), max(values))
     for ax, (name, found) in zip(axes.flat, errors.files.items(), strict=False):
@@ -280,8 +281,9 @@ def error_map(errors: TensorErrors) -> HTML | Markdown:
         ax.set_title(name, fontsize=9)
     for ax in axes.flat[len(errors.files) :]:
         ax.set_axis_off()
-    fig.supxlabel("layer (–: outside of the layers)", fontsize=9)
-    fig.colorbar(image, ax=axes, label="relative RMSE")
+    for ax in axes[-1]:
+        ax.set_xlabel("layer (–: others)", fontsize=8)
+    fig.colorbar(image, ax=axes, location="bottom", aspect=40, label="error ÷ size of the tensor")
     alt = sentence("quantize.error_map_alt", files=errors.files)
     return figure(fig, sentence("quantize.error_map_caption"), alt)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,23 @@ def _value_as_written(value: Any) -> Any:
     """`as_written` of any value of a template; `{{ value | markdown }}` is Markdown of our own."""
     plain = not isinstance(value, str) or isinstance(value, Markup)
     return value if plain else as_written(_LINES.sub(" ", value))
+
+
+def megabytes(size: float) -> str:
+    """Bytes in MB (10⁶ bytes), see `three_digits`.
+
+    >>> [megabytes(size) for size in (1_234_567, 29_996_000, 987_654_321, 1_234_567_890, 91_403, 132, 0)]
+    ['1.23', '30.0', '988', '1,235', '0.091', '< 0.001', '0']
+    """
+    return three_digits(size / 1e6)
+
+
+def three_digits(value: float) -> str:
+    """A size: three significant digits, every digit before the point, and at most three behind it."""
+    if 0 < value < 5e-4:
+        return "< 0.001"
+    rounded = float(f"{value:.3g}")
+    return f"{value:,.{min(3, max(0, 2 - math.floor(math.log10(rounded))))}f}" if rounded else "0"
 
 
 def _in_docstring(text: str) -> str:
@@ -155,6 +173,8 @@ FILTERS = {
     "docstring": _in_docstring,
     "form": format,
     "markdown": Markup,
+    "mb": lambda size: f"{megabytes(size)} MB",
+    "megabytes": megabytes,
     "python": repr,
 }
 
@@ -165,7 +185,8 @@ def render(template: Path, **values: Any) -> str:
     In Markdown (.md.j2) values in the text are shown as they are written; elsewhere nothing is escaped.
 
     A line that holds nothing but a statement leaves no line. `{{ number | form(".2f") }}` formats as Python does,
-    `{{ value | python }}` is the value as Python source, `{{ value | docstring }}` a text inside of a docstring.
+    `{{ value | python }}` is the value as Python source, `{{ value | docstring }}` a text inside of a docstring,
+    `{{ bytes | mb }}` a size.
     """
     environment = templates(template.parent, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= FILTERS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -177,12 +178,20 @@ def keeps_little(entry: Mapping[str, Any]) -> bool:
 
 
 def retention_warning(*entries: Mapping[str, Any]) -> str:
-    """One warning on those of the files that keep little; empty where none does."""
-    poor = [f"{entry['type']} keeps only {kept_words(entry)}" for entry in entries if keeps_little(entry)]
+    """One warning on all files and folders that keep little, the first of them with its interval; empty where none
+    does."""
+    poor = [entry for entry in entries if keeps_little(entry)]
     if not poor:
         return ""
-    said = poor[0] if len(poor) == 1 else ", ".join(poor[:-1]) + f" and {poor[-1]}"
-    return f"Warning: {said} of what fine-tuning changed on these rows (1 = all of it, 0 = the base again)."
+    first, *others = poor
+    said = f"Warning: {first['type']} keeps only {kept_words(first)} of what fine-tuning changed on these rows"
+    also = ", ".join(f"{entry['type']} ({entry['retention']:.2f})" for entry in others)
+    return f"{said} (1 = all of it, 0 = the base again){f'; little is left, too, in {also}' if also else ''}."
+
+
+def warns_of(warning: str, entry: Mapping[str, Any]) -> bool:
+    """Whether a `retention_warning` names a file."""
+    return re.search(rf"(?<![\w-]){re.escape(entry['type'])} (keeps only|\()", warning) is not None
 
 
 def advice_words(advice: Mapping[str, Any]) -> str:

@@ -403,7 +403,8 @@ def test_doctor_says_what_the_test_rows_can_show(tmp_path, monkeypatch, capsys) 
     rows = [{"text": f"{word} number {i} {'ab'[i % 2] * (i % 7 + 1)}", "label": i % 2} for i, word in enumerate(WORDS)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     settings = Settings(dataset=str(tmp_path / "rows.jsonl"), test_share=0.3)
-    found, unused, counts = doctor._ask_what_is_here(settings, None)
+    found, unused, counts, tokens = doctor._ask_what_is_here(settings, None)
+    assert 8 < tokens < settings.max_seq_length, "the rows are short, and doctor has counted"
     assert sum(counts.values()) == len(rows)
     assert unused == [] and found["counts"]["all"] == pytest.approx(0.3 * len(rows), abs=4)
     text = doctor.rows_text(settings, found)
@@ -411,10 +412,10 @@ def test_doctor_says_what_the_test_rows_can_show(tmp_path, monkeypatch, capsys) 
     assert "less than 1 point takes independent rows" in text and "316 (0 %)" in text
     assert doctor.rows_text(settings, None) == ""
     (tmp_path / "README.md").write_text("The label is 0 or 1.")
-    folded, unused, _ = doctor._ask_what_is_here(Settings(dataset=str(tmp_path / "rows.jsonl"), folds=4), None)
+    folded, unused, *_ = doctor._ask_what_is_here(Settings(dataset=str(tmp_path / "rows.jsonl"), folds=4), None)
     assert unused == ["not used: what the file 'README.md' says of labels"]
     assert folded["counts"]["all"] == len(rows) and folded["worth"]["all"] > 3 * found["worth"]["all"]
-    assert doctor._ask_what_is_here(Settings(dataset="org/elsewhere"), None) == (None, [], {})
+    assert doctor._ask_what_is_here(Settings(dataset="org/elsewhere"), None) == (None, [], {}, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,7 @@ def test_every_part_of_the_page_is_there(kind: str) -> None:
     page = compare_page.page_of(result)
     alone = [page.answer(), page.sizes(), page.quality(), page.differences(), page.learned()]
     seen, unseen = (page.margins(), page.written()) if kind == "labels" else (page.written(), page.margins())
+    assert ">llama.cpp<" in page.speeds()[1].data and ">program<" in page.speeds()[1].data
     parts = [*alone, *page.detectable(), *page.tests(), *page.kept(), *seen, *page.disagreements(), *page.speeds()]
     parts += filter(None, page.divergences())
     assert seen and not unseen, "labels have margins, answers are written"

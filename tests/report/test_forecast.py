@@ -87,7 +87,7 @@ def test_the_mixed_file_beside_the_recipes() -> None:
     text, said = shown.data, reading.data
     assert "MIX_2MB (1.00 MB, KL divergence 0.002 [0.001,\u00a00.004])" in text
     assert '<td class="number">3.00</td>' in text
-    assert "closer to the unquantized file than Q4_0. Larger than it, and still farther: Q4_0." in said
+    assert "closer to the source than Q4_0. Larger than it, and still farther: Q4_0." in said
     assert "No larger, and closer: Q2_K" in said
     (nothing,) = quantize_page.against_recipes(None)
     assert "Nothing to compare" in nothing.data

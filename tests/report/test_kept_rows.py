@@ -69,9 +69,20 @@ def test_reading() -> None:
     assert unknown == "What the files keep of the fine-tuning is not known. 03 was not run."
 
 
+def test_a_loss_of_nothing_is_not_said_to_be_hidden_by_text() -> None:
+    """Slopes of 0.998 and 1.000 with narrow intervals are surely in opposite order, and nothing to speak of."""
+    near = {"type": "Q6_K", "kld_mean": 0.001, "kld_low": 0.0009, "kld_high": 0.0011}
+    far = {"type": "gptq", "kld_mean": 0.011, "kld_low": 0.0105, "kld_high": 0.0115}
+    rows = [{**near, "retention": 0.998, "retention_interval": [0.9975, 0.9985]}]
+    rows += [{**far, "retention": 1.0, "retention_interval": [0.9999, 1.0001]}]
+    rows += [{**far, "type": "Q2_K", "kld_mean": 0.08, "retention": 0.99, "retention_interval": [0.98, 1.0]}]
+    told = retention.kept_reading([{**row, "verdict": "not shown"} for row in rows], "").data
+    assert "no two files are surely in opposite order" in told
+
+
 def test_chart() -> None:
     shown = retention.kept_chart(FILES, FILES[0]["n"]).data
-    assert "n = 800 test rows" in shown and "Q5_K_M, 112.0 MB 0.31 [0.28,\u00a00.34]" in shown
+    assert "n = 800 test rows" in shown and "Q5_K_M, 112 MB 0.31 [0.28,\u00a00.34]" in shown
     assert "F16, 270" not in shown, "the reference keeps all by definition"
     assert retention.kept_chart([entry("F16", 1, 0, None)], 9) is None
 

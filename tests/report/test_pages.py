@@ -125,6 +125,39 @@ def test_the_index_shows_headline_numbers(home: Path) -> None:
     assert "0.930 [0.860,\u00a00.970]" in overview and "Q4_K_M, 1.25 MB" in overview and "0 of 7 pages" in overview
 
 
+def test_the_time_of_an_adapter_names_what_the_offline_base_took(home: Path) -> None:
+    """Its product makes the base where that is not there yet; a second run finds it."""
+    from nbformat import v4
+
+    for name, seconds, told in (("first", 73.2, True), ("second", 0.1, False), ("hub", None, False)):
+        run = open_run(name)
+        make(run, "adapter", {"training.json": {}}, facts={} if seconds is None else {"base_seconds": seconds})
+        text = index.write_run_index(home / "reports" / name, summarise(run), []).read_text(encoding="utf-8")
+        assert ("s were the pre-training of the offline base" in text and "; 73 s of the adapter" in text) == told
+        assert ("pre-training" in text) == told
+        path = home / "02_finetune.ipynb"
+        nbformat.write(v4.new_notebook(cells=[v4.new_markdown_cell("# Title\n\n> What?")]), path)
+        assert ("(73 s of them the pre-training" in html.render(path, summarise(run), [])) == told
+
+
+def test_several_stamps_stand_in_one_line(home: Path) -> None:
+    run = open_run("full")
+    make(run, "data", {"floor.json": {}}, facts=FACTS, notes=["sample data", "half of it was left out", "a <fallback>"])
+    text = index.write_run_index(home / "reports" / "full", summarise(run), []).read_text(encoding="utf-8")
+    assert text.count('class="stamp" role="note"') == 1
+    assert "sample data; half of it was left out; a &lt;fallback&gt;" in text
+
+
+def test_speeds_of_other_programs_stand_in_no_column_of_llama_cpp(home: Path) -> None:
+    run, speed = open_run("full"), {"generation_tokens_per_second": 4321.0}
+    gguf, folder = COMPARISON["files"][1] | speed, COMPARISON["files"][1] | speed
+    files = [COMPARISON["files"][0], gguf, folder | {"type": "nf4", "kind": "folder"}]
+    make(run, "data", {"floor.json": {}}, facts=FACTS)
+    make(run, "comparison", {"comparison.json": {**COMPARISON, "files": files}})
+    text = index.write_run_index(home / "reports" / "full", summarise(run), []).read_text(encoding="utf-8")
+    assert "tokens/s in llama.cpp" in text and text.count("4,321") == 1
+
+
 def test_before_the_evaluation_the_floor_comes_from_the_data(home: Path) -> None:
     run = open_run("early")
     floor = {"accuracy": 0.8, "accuracy_interval": [0.49, 0.943], "n": 10}
@@ -213,9 +246,10 @@ def test_the_overview_explains_its_words(task: str, parameters: dict, words: tup
         "no verdict",
         "KLD",
         "seed 43",
-        "The smallest that",
+        "evidence of page 07",
     )
     assert all(word in reading for word in (*common, *words))
+    assert "The smallest that" not in text, "the rule stands in 07 alone"
 
 
 def test_perplexities_stand_where_there_are_no_accuracies(home: Path, tmp_path: Path) -> None:

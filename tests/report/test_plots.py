@@ -65,10 +65,24 @@ def test_every_figure_is_described_and_has_its_glyphs(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a missing glyph or an empty legend is only a warning to matplotlib
         page = FIGURES[name]().data
-    drawn = r'<img style="max-width:100%" alt="[^"]{20,}" src="data:image/png;base64,'
+    drawn = r'<img style="max-width:100%(;min-width:\d+px)?" alt="[^"]{20,}" src="data:image/png;base64,'
     assert re.search(drawn, page) or re.search(r'<svg role="img" aria-label="[^"]{20,}"', page)
     assert re.search(r"<figcaption>.+</figcaption>", page)
     assert "nan" not in page.split("base64,")[0]
+
+
+def test_small_print_scrolls_where_a_phone_would_make_it_smaller_still() -> None:
+    """6 inches and 8 points: 6 · 72 · 9 / 8 pixels for letters of 9; with 10 points or 4.9 inches a phone will
+    do."""
+    small, plain = FIGURES["speed_and_memory"]().data, FIGURES["length_histogram"]().data
+    assert 'class="scroll" tabindex="0" role="region" aria-label="figure"' in small and "min-width:486px" in small
+    assert all("scroll" not in page and "min-width" not in page for page in (plain, FIGURES["tensor_types"]().data))
+
+
+@pytest.mark.parametrize(("size", "tall"), [((4.0, 6.0), True), ((6.0, 4.0), False)])
+def test_a_figure_higher_than_wide_gets_more_room_in_print(size: tuple[float, float], tall: bool) -> None:
+    fig, _ = looks.panels(*size)
+    assert ('<figure class="tall">' in display.figure(fig, "c", "what it shows").data) == tall
 
 
 def test_learning_curves_mark_the_chosen_step() -> None:

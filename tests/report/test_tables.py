@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lib.report import display
+from lib.report.sentences import cell_text
 from lib.runs.files import data_file
 from lib.statistics.intervals import Interval
 
@@ -12,7 +13,7 @@ def test_every_column_is_explained_and_formats_a_number() -> None:
     for key, entry in entries.items():
         heading, explanation = entry["en"]
         assert heading and explanation.endswith("."), key
-        assert format(0.5, entry.get("format", "")), key
+        assert cell_text(0.5, entry.get("format", "")), key
         assert entry.keys() <= {"unit", "better", "format", "times", "per", "interval", "en"}, key
         assert entry.get("better", "up") in ("up", "down"), key
 
@@ -41,7 +42,7 @@ def test_cells_come_from_what_an_entry_stores() -> None:
     assert row["step_points"] == Interval(1.0, 0.0, 2.0) and row["first_points"] is None is row["accuracy"]
     test = Interval(0.5, 0.4, 0.6)
     (scaled,) = display.rows_of("evaluate.accuracy_parts", [{"part": "leak_free", "point": vars(test)}])
-    assert scaled["rows"] == "leak free" and scaled["accuracy"] == 0.5 and scaled["low"] == 0.4
+    assert scaled["which rows"] == "leak free" and scaled["accuracy"] == 0.5 and scaled["low"] == 0.4
     (file,) = display.rows_of("index.files", [{**entry, "type": "Q8_0", "recommended": True}], column="ppl", key="ppl")
     assert (file["type"], file["overview_mb"], file["ppl"], file["verdict"]) == ("Q8_0 ★", 2.5, None, None)
 

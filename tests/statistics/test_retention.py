@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from lib.statistics.losses import KEEPS_LITTLE, keeps_little, kept_words, retention_warning, slope_through_origin
+from lib.statistics.losses import (
+    KEEPS_LITTLE,
+    keeps_little,
+    kept_words,
+    retention_warning,
+    slope_through_origin,
+    warns_of,
+)
 
 
 def sandwich(x: np.ndarray, y: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
@@ -79,8 +86,11 @@ def test_noise_moves_a_slope_by_less_than_its_share() -> None:
 def test_words() -> None:
     entry = {"type": "Q5_K_M", "retention": 0.281, "retention_interval": [0.25, 0.312]}
     assert kept_words(entry) == "0.28 [0.25,\u00a00.31]"
-    both = retention_warning(entry, {**entry, "type": "Q2_K"}, {**entry, "retention": 0.95})
-    assert "Q5_K_M keeps only 0.28 [0.25,\u00a00.31] and Q2_K keeps only" in both and both.count("Warning") == 1
+    kept = {**entry, "type": "Q8_0", "retention": 0.95}
+    both = retention_warning(entry, {**entry, "type": "Q2_K"}, kept)
+    assert "Q5_K_M keeps only 0.28 [0.25,\u00a00.31] of what" in both and both.endswith("too, in Q2_K (0.28).")
+    assert warns_of(both, entry) and warns_of(both, {"type": "Q2_K"}) and not warns_of(both, {"type": "K_M"})
+    assert not warns_of(both, kept) and both.count("Warning") == 1
     assert keeps_little(entry) and "Q5_K_M keeps only 0.28 [0.25,\u00a00.31] of what" in retention_warning(entry)
     assert kept_words({"retention": 1.0, "retention_interval": None}) == "1.00"
     assert kept_words({}) is None and kept_words({"retention": None}) is None and retention_warning({}) == ""

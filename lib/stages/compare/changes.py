@@ -17,7 +17,7 @@ from lib.scoring.log_probabilities import NEAR_TIE, Scores, load_scores
 from lib.scoring.metric import AnyScores, Metric, RowGroups
 from lib.stages.compare.child import DEQUANTIZED, MERGED, MERGED_FLOAT32
 from lib.statistics.intervals import Interval, wilson
-from lib.statistics.losses import limits, retention_warning, slope_through_origin
+from lib.statistics.losses import keeps_little, limits, retention_warning, slope_through_origin
 
 # How much of what fine-tuning taught is left in each file, row by row: from scores of base, tuned model and files.
 
@@ -121,11 +121,16 @@ def with_retention(content: Mapping[str, Any], kept: Retentions, grid: Mapping[s
         {**entry, **_kept(entry["type"], content["reference"], kept), "source_grid": grid.get(entry["file"])}
         for entry in content["files"]
     ]
-    advice = content["recommendation"]
-    named = [entry for entry in files if advice["type"] in (None, entry["type"])]
-    advice = {**advice, "warning": retention_warning(*named)}
+    advice = {**content["recommendation"], "warning": _warning(files, content["recommendation"]["type"])}
     told = {"retention_note": kept.note, "fine_tuning_gain": kept.gain}
     return {**content, "files": files, "recommendation": advice, **told}
+
+
+def _warning(files: Sequence[Mapping[str, Any]], recommended: str | None) -> str:
+    """Of the recommended file, if it keeps little, and with it of every other that does; of all that do where none is
+    recommended, the one that keeps least first."""
+    poor = sorted(filter(keeps_little, files), key=lambda entry: (entry["type"] != recommended, entry["retention"]))
+    return retention_warning(*poor) if poor and recommended in (None, poor[0]["type"]) else ""
 
 
 def _kept(name: str, reference: str, kept: Retentions) -> dict[str, Any]:

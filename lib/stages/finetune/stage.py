@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -30,6 +31,9 @@ from lib.stages.finetune.processes import made_once, train_in_processes
 from lib.stages.finetune.session import TrainingInputs, train, until_it_fits
 
 RESOURCES = "resources.jsonl"
+
+PRETRAINING = "base_seconds"
+"""Fact of an adapter on the offline base: seconds of its product that made that base, or found it made."""
 
 _NOTES: dict[str, str] = data_file("stages/finetune/notes.yaml")
 PARAMETERS = (
@@ -157,7 +161,10 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses | None = None) -> Fi
 def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses | None) -> None:
     """Train, and make the chosen checkpoint the product."""
     quiet()  # also where other processes train: this one loads the same libraries
+    began = time.monotonic()
     base = base_model.base_of(run)
+    if base.offline:
+        draft.facts[PRETRAINING] = round(time.monotonic() - began, 2)
     if settings.load_in_4bit and (problem := machine.bitsandbytes_problem()):
         draft.notes.append(
             f"QLoRA was asked for, but 4-bit layers do not work here ({problem}): plain LoRA was trained instead."

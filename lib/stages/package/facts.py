@@ -18,7 +18,7 @@ from lib.models.unpack import plain_name
 from lib.prompts.tasks import Task
 from lib.runs.files import data_file, read_json, sha256_file
 from lib.runs.run import Run
-from lib.statistics.losses import advice_words, retention_warning
+from lib.statistics.losses import advice_words, retention_warning, warns_of
 
 # Which file goes into the package, and what the evidence says of that choice.
 
@@ -85,9 +85,9 @@ def _standing(entry: Mapping[str, Any], advice: Mapping[str, Any], tell: Callabl
     chosen, advised = entry["type"], advice_words(advice)
     if chosen == advice["type"]:
         return RECOMMENDED, advised
-    own, warning = [tell(f"The verdict on this file: {entry['verdict']}.")], tell(retention_warning(entry))
-    if warning not in advice["warning"]:  # where no file is recommended, it is of every one already
-        own.append(warning)
+    own = [tell(f"The verdict on this file: {entry['verdict']}.")]
+    if not warns_of(advice["warning"], entry):  # where no file is recommended, it is of every one already
+        own.append(tell(retention_warning(entry)))
     if advice["type"] is None:
         if chosen == advice.get("unproven"):
             return NO_SIGN, sentences([*own, advised, advice["details"]])

@@ -92,14 +92,14 @@ def test_the_smallest_that_is_good_enough_is_recommended() -> None:
     assert found["tested"] == ["Q8_0", "Q4_K_M", "Q3_K_M"] and found["ended_by"] == "Q3_K_M"
     assert found["verdicts"] == {"Q8_0": "good enough", "Q4_K_M": "good enough", "Q3_K_M": "not shown", "Q2_K": "worse"}
     lost = "0.20 points of accuracy lost, a loss of at most 0."
-    assert found["headline"] == "Take Q4_K_M · 30.00 MB, 30 % of F16 · 2 of 1,000 answers change."
+    assert found["headline"] == "Take Q4_K_M · 30.0 MB, 30 % of F16 · 2 of 1,000 answers change."
     assert found["text"].startswith("At most 0.64 points of accuracy are lost, with 95 % confidence.")
     assert "Accuracy 97.8 %; F16 98.0 %." in found["text"] and found["text"].endswith("Worse: Q2_K.")
     for words in ("smallest file shown to lose less than 1 point", lost, "2 labels changed", "Not shown: Q3_K_M"):
         assert words in found["details"]
     rows = _about(found["details"])
     assert rows == pytest.approx(found["rows_needed"], rel=0.1)
-    assert f"Q3_K_M, 25.00 MB, could lose up to 1.19 points; about {rows:,} rows in all could tell." in found["text"]
+    assert f"Q3_K_M, 25.0 MB, could lose up to 1.19 points; about {rows:,} rows in all could tell." in found["text"]
     assert "Worse than F16: Q2_K (6.00 points of accuracy lost" in found["details"]
     assert "a loss of 1 point or more is excluded" in found["rule"] and "at most 5 of 100 runs" in found["rule"]
 
@@ -119,7 +119,7 @@ def test_the_sequence_ends_at_the_first_that_is_not_good_enough() -> None:
     assert first["type"] is None and first["reason"] == "not shown"
     assert first["headline"] == "No file is shown to lose less than 1 point."
     assert (
-        "Q8_0, 53.00 MB, could lose up to 1.57 points; about 60,000 rows in all could tell. Worse: Q8_0."
+        "Q8_0, 53.0 MB, could lose up to 1.57 points; about 60,000 rows in all could tell. Worse: Q8_0."
         in first["text"]
     )
     lost = answer(files({"Q8_0": [*range(40)]}))
@@ -221,20 +221,20 @@ def test_answers_without_labels() -> None:
     others = {"Q8_0": model(0.004, 0.01), "Q2_K": model(0.03, 0.02)}
     found = compare(ANSWER_PERPLEXITY, model(0.0, 0.0), others, RowGroups(np.arange(100)), 0)
     entries = [
-        {**found[name], "type": name or "F16", "file": name, "kind": "gguf", "bytes": 10 - i, "kld_mean": 0.0}
+        {**found[name], "type": name or "F16", "file": name, "kind": "gguf", "bytes": (10 - i) * 10**6, "kld_mean": 0.0}
         for i, name in enumerate(("", *others))
     ]
     told = recommend(ANSWER_PERPLEXITY, entries[0], entries[1:], 1.0, 50.0)
     assert told["type"] == "Q8_0" and told["rows_needed"] is None and "answer perplexity +0.33 %" in told["headline"]
     assert "Answer perplexity rises by at most 0.47 %, with 95 % confidence. Answer perplexity 7.4" in told["text"]
-    assert "Q2_K, 0.00 MB, could raise answer perplexity by up to 3.23 %; more rows would hardly help" in told["text"]
+    assert "Q2_K, 8.00 MB, could raise answer perplexity by up to 3.23 %; more rows would hardly help" in told["text"]
     assert "answer perplexity +0.33 %, at most +0.47 % on 100 rows" in sixty_words(told)["details"]
     assert recommend(ANSWER_PERPLEXITY, entries[0], entries[1:], 1.0, 7.0)["reason"] == "unlearned"
     tight = recommend(ANSWER_PERPLEXITY, entries[0], entries[1:2], 0.4, 50.0)
     assert tight["type"] is None and 100 < tight["rows_needed"] < 2_000
     assert tight["headline"] == "No file is shown to lose less than 0.4 % of answer perplexity."
     assert re.search(
-        r"Q8_0, 0.00 MB, could raise .* by up to 0.47 %; about [\d,]+ rows in all could tell", tight["text"]
+        r"Q8_0, 9.00 MB, could raise .* by up to 0.47 %; about [\d,]+ rows in all could tell", tight["text"]
     )
     better = {**entries[1], "loss": -3.1, "loss_limit": -2.82}
     fallen = sixty_words(recommend(ANSWER_PERPLEXITY, entries[0], [better], 1.0, 50.0))
@@ -251,7 +251,7 @@ def test_small_data_get_an_answer_of_another_kind() -> None:
     assert few["type"] is None and few["reason"] == "not shown" and few["unproven"] == "Q3_K_M"
     assert "Even without a changed answer, 60 rows cannot exclude a loss of 5.1 points." in few["text"]
     assert "Q3_K_M shows no sign of harm, which is no proof." in few["text"]
-    assert "Without proof: Q3_K_M, 25.00 MB, shows no sign of harm. No answer of 60 changed" in few["details"]
+    assert "Without proof: Q3_K_M, 25.0 MB, shows no sign of harm. No answer of 60 changed" in few["details"]
     assert "would take 316 independent rows without any change" in few["details"]
     sixteen = answer(files({"Q8_0": []}, LABELS[:16], wrong=0))
     assert sixteen["reason"] == "few" and sixteen["unproven"] == "Q8_0"

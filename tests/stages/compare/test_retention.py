@@ -157,6 +157,7 @@ def _random(rows: list[dict]) -> tuple:
 def test_the_answer_warns_and_is_filled_in_anew() -> None:
     slopes = {"Q5_K_M": Interval(0.3, 0.2, 0.4), "Q8_0": Interval(0.97, 0.9, 1.02)}
     files = [{"type": name, "kind": "gguf", "file": f"m-{name}.gguf"} for name in ("F16", *slopes)]
+    folder = {"type": "nf4", "kind": "folder", "file": "nf4"}
     for chosen, named in (("Q5_K_M", 1), ("Q8_0", 0), (None, 1)):
         advice = {"type": chosen, "headline": "Take it.", "text": "Sure."}
         content = {"reference": "F16", "files": files, "recommendation": advice}
@@ -166,6 +167,12 @@ def test_the_answer_warns_and_is_filled_in_anew() -> None:
         assert said.startswith("Take it. Sure.") and said.count("Q5_K_M keeps only 0.30") == named
         assert [e["retention"] for e in found["files"]] == [1.0, 0.3, 0.97] and found["retention_note"] == "A note."
         assert [e["source_grid"] for e in found["files"]] == [None, None, 0.75]
+        more = {**content, "files": [*files, folder]}
+        told = with_retention(more, Retentions({**slopes, "nf4": Interval(0.2, 0.1, 0.3)}), {})["recommendation"][
+            "warning"
+        ]
+        least, other = ("nf4 keeps only 0.20", "Q5_K_M (0.30)") if chosen is None else ("Q5_K_M keeps", "nf4 (0.20)")
+        assert (least in told and told.endswith(f"in {other}.")) if named else not told, "folders that keep little, too"
         gone = with_retention(found, Retentions(), {})
         assert advice_words(gone["recommendation"]) == "Take it. Sure." and gone["files"][1]["retention"] is None
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from lib.prompts.templates import ROLES, Turns
+from lib.runs.render import megabytes
 from lib.stages.package.documents import guide, sentences_for
 from tests import tiny_run
 from tests.stages.package.test_parts import facts
@@ -61,5 +62,5 @@ def test_what_serving_costs_is_computed() -> None:
     known.chosen.entry["prompt_tokens_per_second"] = 100.0
     text = " ".join(guide(known, TURNS, PROMPTS).split())
     assert "first 3 tokens of the five stored prompts are the same" in text and "that is 30 ms less" in text
-    assert f"-c {4 * known.n_ctx} -np 4" in text and f"{known.n_ctx * 2_000 / 1e6:.1f} MB of cache" in text
+    assert f"-c {4 * known.n_ctx} -np 4" in text and f"{megabytes(known.n_ctx * 2_000)} MB of cache" in text
     assert "not measured (measured by one process)" in text

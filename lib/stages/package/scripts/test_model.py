@@ -14,24 +14,30 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 
+def said(message: str, **values: object) -> str:
+    """A message with its values."""
+    return message.format(**values)
+
+
 def damaged_files() -> list[str]:
     """What is wrong with SHA256SUMS, and with the files that it names."""
     if not (HERE / "SHA256SUMS").is_file():
-        return ["SHA256SUMS is missing"]
+        return [said("SHA256SUMS is missing")]
     lines = (HERE / "SHA256SUMS").read_text(encoding="utf-8", errors="replace").splitlines()
     named = [line.partition("  ")[::2] for line in lines]
-    wrong = [] if "model_info.json" in [name for _, name in named] else ["SHA256SUMS does not name model_info.json"]
+    there = "model_info.json" in [name for _, name in named]
+    wrong = [] if there else [said("SHA256SUMS does not name model_info.json")]
     for wanted, name in named:
         path = HERE / name
         if not path.is_file():
-            wrong.append(f"{name or 'a file without a name'} is missing")
+            wrong.append(said("{name} is missing", name=name or said("a file without a name")))
             continue
         digest = hashlib.sha256()
         with path.open("rb") as stream:
             while chunk := stream.read(1 << 22):
                 digest.update(chunk)
         if digest.hexdigest() != wanted:
-            wrong.append(f"{name} is damaged: its SHA-256 is not the one in SHA256SUMS")
+            wrong.append(said("{name} is damaged: its SHA-256 is not the one in SHA256SUMS", name=name))
     return wrong
 
 
@@ -84,9 +90,11 @@ def compare_answer(model: Model, check: dict, info: dict) -> list[str]:
     steps = model.follow(check["prompt_ids"], check["ids"])
     for i, (token, stored, (best, top, own)) in enumerate(zip(check["ids"], check["log_probs"], steps, strict=True)):
         if best != token and top - own > allowed(info, stored):
-            wrong.append(f"token {i} is {best}, stored {token}, and it is {top - own:.3f} nats likelier")
+            told = {"place": i, "token": best, "stored": token, "gap": top - own}
+            wrong.append(said("token {place} is {token}, stored {stored}, and it is {gap:.3f} nats likelier", **told))
         if not abs(own - stored) <= allowed(info, stored):  # written so that NaN fails
-            wrong.append(f"token {i}: log-probability {own:.3f}, stored {stored:.3f}")
+            told = {"place": i, "own": own, "stored": stored}
+            wrong.append(said("token {place}: log-probability {own:.3f}, stored {stored:.3f}", **told))
     return wrong
 
 
@@ -99,24 +107,25 @@ def compare_labels(model: Model, check: dict, info: dict) -> tuple[list[str], st
     margins, kept = ([value - max(values) for value in values] for values in (scores, stored))
     gaps = [abs(own - old) for own, old in zip(margins, kept, strict=True)]
     far = [gap for gap, old in zip(gaps, kept, strict=True) if not gap <= allowed(info, old)]
-    wrong = [f"label margins differ by {max(far):.3f} nats"] if far else []
-    lead = sorted(stored)[-1] - sorted(stored)[-2]
+    wrong = [said("label margins differ by {gap:.3f} nats", gap=max(far))] if far else []
+    name, lead = labels[ranked[0]]["name"], sorted(stored)[-1] - sorted(stored)[-2]
     if ranked[0] != expected and lead > allowed(info, lead):
-        wrong.append(f"label {labels[ranked[0]]['name']}, stored {labels[expected]['name']}")
-    return wrong, f"{labels[ranked[0]]['name']}, margin {scores[ranked[0]] - scores[ranked[1]]:.3f} nats"
+        wrong.append(said("label {name}, stored {stored}", name=name, stored=labels[expected]["name"]))
+    return wrong, said("{name}, margin {gap:.3f} nats", name=name, gap=scores[ranked[0]] - scores[ranked[1]])
 
 
 def check_prompt(model: Model, check: dict, info: dict) -> bool:
     """Answer one prompt, say what came out."""
     wrong, shown = [], ""
     if model.tokens(check["prompt"]) != check["prompt_ids"]:
-        wrong.append("the prompt has other token ids")
+        wrong.append(said("the prompt has other token ids"))
     if info["labels"]:
         differences, shown = compare_labels(model, check, info)
         wrong += differences
     wrong += compare_answer(model, check, info)
     text = shown or model.llm.detokenize(check["ids"]).decode("utf-8", "replace")
-    print(f"{'FAILED' if wrong else 'ok'}: {check['text'][:40]} → {text}")
+    told = f"{check['text'][:40]} → {text}"
+    print(said("FAILED: {what}", what=told) if wrong else said("ok: {what}", what=told))
     for line in wrong:
         print(f"  {line}")
     return not wrong
@@ -126,24 +135,26 @@ def main() -> int:
     """All checks; the exit code."""
     wrong = damaged_files()
     for line in wrong:
-        print(f"FAILED: {line}")
+        print(said("FAILED: {what}", what=line))
     if wrong:
-        print("Unpack or download the package again.")
+        print(said("Unpack or download the package again."))
         return 1
     info = json.loads((HERE / "model_info.json").read_text(encoding="utf-8"))
-    print(f"ok: the files have the SHA-256 of SHA256SUMS ({info['file']} among them)")
+    print(said("ok: the files have the SHA-256 of SHA256SUMS ({file} among them)", file=info["file"]))
     try:
         model = Model(info)
     except ImportError as error:
-        print(f"FAILED: {error}. Install what requirements.txt names: pip install -r requirements.txt")
+        cure = said("Install what requirements.txt names: pip install -r requirements.txt")
+        print(said("FAILED: {what}", what=f"{error}. {cure}"))
         return 1
     except (ValueError, OSError) as error:
-        print(f"FAILED: llama.cpp does not load {info['file']}: {error}")
+        print(said("FAILED: llama.cpp does not load {file}: {error}", file=info["file"], error=error))
         return 1
     passed = sum([check_prompt(model, check, info) for check in info["checks"]])
+    told = {"passed": passed, "all": len(info["checks"])}
+    told |= {"nats": info["tolerance"], "share": info["tolerance_share"]}
     print(
-        f"{passed} of {len(info['checks'])} prompts answered as stored, "
-        f"within {info['tolerance']} nats and {info['tolerance_share']:.0%} of the value."
+        said("{passed} of {all} prompts answered as stored, within {nats} nats and {share:.0%} of the value.", **told)
     )
     return 0 if passed == len(info["checks"]) else 1
 

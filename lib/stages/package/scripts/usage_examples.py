@@ -14,12 +14,18 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 
+def said(message: str, **values: object) -> str:
+    """A message with its values."""
+    return message.format(**values)
+
+
 def read_info() -> dict:
     """What the package says of its model."""
     try:
         return json.loads((HERE / "model_info.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        sys.exit(f"model_info.json cannot be read ({error}). Unpack or download the package again.")
+        again = said("Unpack or download the package again.")
+        sys.exit(said("model_info.json cannot be read ({error}). {again}", error=error, again=again))
 
 
 INFO = read_info()
@@ -130,18 +136,18 @@ def onnx_runtime(folder: Path, text: str) -> str:
 def show_llama(wanted: str | None) -> None:
     """The examples with llama.cpp."""
     llm, text = load(), INFO["examples"][0]
-    print(f"question: {text}")
+    print(said("question: {text}", text=text))
     if wanted in (None, "chat"):
-        print("chat:", chat(llm, text))
+        print(said("chat: {text}", text=chat(llm, text)))
     if wanted in (None, "stream"):
-        print("stream: ", end="")
+        print(said("stream: "), end="")
         for piece in stream(llm, text):
             print(piece, end="", flush=True)
         print()
     if wanted in (None, "labels") and INFO["labels"]:
         for example in INFO["examples"]:
             scores = ", ".join(f"{name} {share:.1%}" for name, share in labels(llm, example).items())
-            print(f"labels: {example} → {scores}")
+            print(said("labels: {text} → {scores}", text=example, scores=scores))
 
 
 def main() -> int:
@@ -151,7 +157,8 @@ def main() -> int:
     known = ["chat", "stream", *(["labels"] if INFO["labels"] else []), *(kind for kind in programs if folders[kind])]
     wanted = sys.argv[1] if len(sys.argv) > 1 else None
     if wanted is not None and wanted not in known:
-        print(f"this package has the examples {', '.join(known)}, not {wanted!r}")
+        names = {"known": ", ".join(known), "wanted": wanted}
+        print(said("this package has the examples {known}, not {wanted!r}", **names))
         return 1
     if wanted not in programs:
         show_llama(wanted)
