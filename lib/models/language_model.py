@@ -97,8 +97,8 @@ def notes_of(record: Mapping[str, Any]) -> tuple[str, ...]:
     if not record["left_out"]:
         return ()
     parts = ", ".join(f"{part} ({count})" for part, count in record["left_out"].items())
-    share = f"{record['weights'] / 1e6:,.0f} of {record['of'] / 1e6:,.0f} million weights"
-    return (f"the base's language model alone, {share}; tensors left out: {parts}",)
+    part, whole = (f"{record[key] / 1e6:,.0f}" for key in ("weights", "of"))
+    return (f"the base's language model alone ({part} of {whole} million weights); tensors left out: {parts}",)
 
 
 def _small_files(folder: Path) -> list[Path]:
