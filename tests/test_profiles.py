@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lib import settings
+from lib.models.base_model import SHIPPED
 from lib.runs.machine import bitsandbytes_problem, llama_cpp_problem
 from lib.runs.run import open_run
 from lib.stages.convert import stage as convert_stage
@@ -33,10 +34,22 @@ QWEN3_06B = {
     "rope_theta": 1000000,
     "model_type": "qwen3",
 }
+QWEN35_08B = {  # three of four layers keep a state; here one of two
+    **SHIPPED["Qwen/Qwen3.5-0.8B"],
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000000,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [11, 11, 10],
+        "mrope_interleaved": True,
+    },
+}
 # Folder of shared/data with configuration and tokenizer, and what differs from it (as published with the model).
 PROFILES: dict[str, tuple[str, dict[str, Any]]] = {
     "chnsenticorp-qwen2.5-0.5b": ("qwen2.5-0.5b-instruct", {}),
     "chnsenticorp-qwen3-0.6b": ("qwen3-4b-thinking-2507", QWEN3_06B),
+    "chnsenticorp-qwen3.5-0.8b": ("qwen3-4b-thinking-2507", QWEN35_08B),
     "counselling-mindchat-qwen2-0.5b": ("qwen1.5-0.5b-chat", {**QWEN2, "tie_word_embeddings": False}),
     "counselling-qwen1.5-0.5b": ("qwen1.5-0.5b-chat", {}),
     "counselling-qwen2.5-0.5b": ("qwen2.5-0.5b-instruct", {}),

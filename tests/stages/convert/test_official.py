@@ -16,6 +16,7 @@ from lib.runs.manifest import version_of
 from lib.scoring.llama_backend import LlamaCppBackend
 from lib.stages.convert import official
 from lib.stages.convert.official import SCRIPT, check_conversion, convert_folder, kept_sources, known_classes
+from lib.stages.merge.weights import merge_folders
 from scripts.keep_converter import keep
 from tests.stages.convert.convertible import write_model
 
@@ -92,6 +93,20 @@ def test_code_of_a_folder_is_refused(change: Callable, foreign: Path, sources: P
     for ask in (check_conversion, lambda folder: convert_folder(folder, tmp_path / "out.gguf")):
         with pytest.raises(InputError, match="brings code of its own"):
             ask(foreign)
+
+
+def test_a_base_may_bring_code_that_its_merge_does_not(foreign: Path, sources: Path, tmp_path: Path) -> None:
+    """transformers knows the class, so nothing of the folder runs; what 05 converts is the merged folder."""
+    with_file(foreign)
+    with_auto_map(foreign)
+    config = json.loads((foreign / "config.json").read_text())
+    (foreign / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}})
+    )
+    assert "is known only then" in check_conversion(foreign, as_base=True)[0]
+    merge_folders(foreign, None, tmp_path / "merged", tokenizer="base")
+    assert check_conversion(tmp_path / "merged")
+    assert not [path for path in (tmp_path / "merged").iterdir() if "auto_map" in path.read_text(errors="replace")]
 
 
 def test_the_converter_is_kept_out_of_the_sources(tmp_path: Path) -> None:

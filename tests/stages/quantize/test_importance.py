@@ -30,6 +30,7 @@ from lib.stages.quantize.held_out_kl import Comparison, compared_with_matrix, ju
 from lib.stages.quantize.llama_library import read_imatrix
 from lib.stages.quantize.stage import imatrix_effect, quantize
 from tests import tiny_gguf, tiny_run
+from tests.models.test_language_model import TEXT
 
 pytestmark = [
     pytest.mark.skipif(llama_cpp_problem() is not None, reason="llama-cpp-python does not work here"),
@@ -216,6 +217,18 @@ def test_an_unknown_architecture_is_refused() -> None:
     config = OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2)
     with pytest.raises(InputError, match=r"layer .* of a opt model, whose name in GGUF is not known"):
         calibration.gguf_layers(OPTForCausalLM(config))
+
+
+def test_layers_with_a_state_have_names_unless_their_columns_move() -> None:
+    """GGUF has the columns of `out_proj` in another order where keys and values have different numbers of heads."""
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    sizes = {key: value for key, value in TEXT.items() if key != "mtp_num_hidden_layers"}
+    names = set(calibration.gguf_layers(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes))))
+    assert {"blk.0.ssm_out.weight", "blk.0.attn_qkv.weight", "blk.3.attn_output.weight"} <= names
+    other = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes | {"linear_num_value_heads": 4}))
+    with pytest.raises(InputError, match=r"linear_attn\.out_proj"):
+        calibration.gguf_layers(other)
 
 
 def test_the_effect_is_measured_against_the_same_types_without(run: Run) -> None:
