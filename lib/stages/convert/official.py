@@ -189,5 +189,6 @@ def run_script(script: Path, folder: Path, output: Path, outtype: str, more: Seq
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1][:300] if lines else f"exit code {done.returncode}"
         absent = "ModuleNotFoundError" in reason
-        name = "convert/script-lacks-library" if absent else "convert/script-failed"
-        raise refusal(name, script=script.name, reason=reason)
+        raise refusal(
+            "convert/script-lacks-library" if absent else "convert/script-failed", script=script.name, reason=reason
+        )

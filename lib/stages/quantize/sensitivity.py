@@ -32,7 +32,6 @@ import numpy as np
 
 from lib.errors import refusal
 from lib.models.gguf_file import row_order
-from lib.models.head import output_head
 from lib.models.loading import load_model, weight_bytes
 from lib.progress import Progress, track
 from lib.runs.child import run_child
@@ -277,6 +276,8 @@ def answer_information(model: Any, rows: list[dict[str, Any]], seed: int) -> Inf
         InputError: see `collect`.
     """
     import torch
+
+    from lib.models.head import output_head
 
     draw = torch.Generator().manual_seed(seed)
     body, head = model.get_decoder(), output_head(model)
