@@ -39,10 +39,20 @@ PARAMETERS = (
 )
 """Settings that a trained adapter depends on (those of the data come in through the data product)."""
 
+UNNAMED = ("adapter", "finetuning_type", "weight_decay", "max_grad_norm")
+"""The others, which a product names only where they are not the default: older products know nothing of them."""
+
 
 def made_with(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a product `adapter`, with those that it does not name because they were the default."""
-    return Settings().pick("adapter", "finetuning_type") | parameters
+    return Settings().pick(*UNNAMED) | parameters
+
+
+def _parameters(settings: Settings) -> dict[str, Any]:
+    """What the product of a training names."""
+    usual = Settings()
+    others = {key: value for key, value in settings.pick(*UNNAMED).items() if value != getattr(usual, key)}
+    return settings.pick(*PARAMETERS) | others | {"seed": settings.training_seed}
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,7 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses | None = None) -> Fi
         return run.produce(
             "adapter",
             lambda draft: _train(settings, run, draft, draw),
-            parameters=settings.pick(*PARAMETERS) | {"seed": settings.training_seed},
+            parameters=_parameters(settings),
             inputs=("data",),
             force=settings.force,
             keep_partial=True,

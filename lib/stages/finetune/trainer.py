@@ -294,7 +294,7 @@ class _Arguments(TrainingArguments):
 
 
 def training_arguments(folder: Path, steps: int, settings: Settings) -> TrainingArguments:
-    """Arguments shared by all runs: AdamW, the schedule of `rates`, gradients clipped to norm 1.
+    """Arguments of the Trainer: AdamW, the schedule of `rates`, and what the settings say.
 
     Args:
         folder: of the checkpoints.
@@ -310,8 +310,9 @@ def training_arguments(folder: Path, steps: int, settings: Settings) -> Training
         seed=settings.training_seed,
         **settings.pick(
             *("learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size", "save_steps"),
-            *("gradient_accumulation_steps", "gradient_checkpointing"),
+            *("gradient_accumulation_steps", "gradient_checkpointing", "weight_decay"),
         ),
+        max_grad_norm=settings.max_grad_norm or math.inf,  # with 0 transformers passes `_clip_grad_norm` by
         **_ALWAYS,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one device: DataParallel would split the small batches
