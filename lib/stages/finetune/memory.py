@@ -42,6 +42,7 @@ def with_adapter(model: Any, settings: Settings) -> Any:
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=targets,
+        use_rslora=settings.use_rslora,
         task_type="CAUSAL_LM",
     )
     with refusing(ValueError, "finetune/no-such-layers", settings=settings), no_warnings():

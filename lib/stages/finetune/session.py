@@ -25,11 +25,11 @@ from lib.prompts.tasks import Task, read_task
 from lib.runs import machine
 from lib.runs.files import data_file, read_json, read_jsonl, require_space, write_json, write_jsonl
 from lib.runs.machine import device_peak, no_warnings, peak_memory, quiet
+from lib.settings import Settings, yaml_value
 from lib.stages.finetune import checkpoints, memory
 from lib.stages.finetune.memory import with_adapter
 
 if TYPE_CHECKING:
-    from lib.settings import Settings
     from lib.stages.finetune.batches import Collate
 
 
@@ -85,10 +85,8 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     largest = from_every_process(on_gpu.bytes).max().item()
     if not trainer.args.should_save:
         return {}
-    layers = sum(1 for name, _ in model.named_modules() if name.endswith("lora_A"))
-    method = f"{'QLoRA (NF4)' if settings.load_in_4bit else 'LoRA'} r={settings.lora_r}, alpha={settings.lora_alpha}"
     return {
-        "method": f"{method} on {layers} linear layers",
+        "method": _method(model, settings),
         **plan,
         **outcome,
         "layout": layout,
@@ -100,6 +98,19 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
         "dtype_reason": reason,
         "device": machine.device_name(),
     }
+
+
+VARIANTS = ("use_rslora",)
+"""Settings that make a variant of LoRA, named beside it where they are not the default."""
+
+
+def _method(model: Any, settings: Settings) -> str:
+    """How it was trained, in words."""
+    layers = sum(1 for name, _ in model.named_modules() if name.endswith("lora_A"))
+    kind, usual = "QLoRA (NF4)" if settings.load_in_4bit else "LoRA", Settings()
+    words = f"{kind} r={settings.lora_r}, alpha={settings.lora_alpha} on {layers} linear layers"
+    own = {key: value for key, value in settings.pick(*VARIANTS).items() if value != getattr(usual, key)}
+    return f"{words} ({', '.join(f'{key}: {yaml_value(value)}' for key, value in own.items())})" if own else words
 
 
 def _rows(data: Path, task: Task, tokenizer: Any, name: str) -> list[Encoded]:

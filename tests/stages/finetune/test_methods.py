@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
+import torch
+from peft import PeftModel
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch
+from transformers import AutoModelForCausalLM
 
 from lib.models.base_model import base_of
+from lib.models.loading import load_tokenizer
+from lib.prompts.tasks import read_task
+from lib.runs.files import read_jsonl
+from lib.settings import yaml_value
+from lib.stages.finetune.batches import Collator
+from lib.stages.finetune.layout import answer_loss, choose_layout
 from lib.stages.finetune.session import _new_model
 from lib.stages.finetune.stage import finetune, made_with
-from lib.stages.finetune.trainer import training_arguments
-from tests.stages.finetune.conftest import make_data, tiny_settings
+from lib.stages.finetune.trainer import AnswerTrainer, training_arguments
+from lib.stages.merge.proof import prove_merge
+from lib.stages.merge.weights import merge_folders
+from tests.stages.finetune.conftest import die_after, make_data, tiny_settings
 
 ONE = {"per_device_train_batch_size": 4, "num_train_epochs": 1.0, "warmup_steps": 0.0}
 """A single update of four rows."""
@@ -46,3 +61,93 @@ def test_older_trainings_stay_what_they_are(runs) -> None:
     entry = finetune(tiny_settings(), runs("straight")).product.entry
     assert "weight_decay" not in entry.parameters and made_with(entry.parameters)["weight_decay"] == 0.0
     assert not runs("straight").is_current("adapter", entry.parameters | {"weight_decay": 0.1}, ("data",))
+
+
+METHODS: dict[str, dict[str, Any]] = {"use_rslora": {"use_rslora": True}}
+"""Settings of every way of training an adapter, by its name."""
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[AnswerTrainer]:
+    """The trainers that were made, the last one last."""
+    made: list[AnswerTrainer] = []
+    original = AnswerTrainer.__init__
+
+    def keep(self, *arguments, **options) -> None:
+        original(self, *arguments, **options)
+        made.append(self)
+
+    monkeypatch.setattr(AnswerTrainer, "__init__", keep)
+    return made
+
+
+def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """What peft makes of both, with nothing of the workbook."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_adapter_is_merged_as_peft_merges_it_and_answers_as_it_was_trained(
+    method: str, runs, tmp_path: Path, trainers: list[AnswerTrainer]
+) -> None:
+    run, changes = runs("fresh"), METHODS[method]
+    result, base = finetune(tiny_settings(num_train_epochs=1.0, save_steps=4, **changes), run), base_of(run).path
+    assert all(f"{key}: {yaml_value(value)}" in result.method for key, value in changes.items())
+    chosen = result.product.path / "checkpoints" / f"checkpoint-{result.chosen_step}"
+    for name, adapter in {"product": result.product.path, "checkpoint": chosen}.items():
+        report = merge_folders(base, adapter, tmp_path / name)
+        assert report.tensors_changed == 7
+        prove_merge(base, adapter, tmp_path / name)
+        found, expected = load_torch(tmp_path / name / "model.safetensors"), merged_by_peft(base, adapter)
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    merge_folders(base, result.product.path, tmp_path / "wide", "float32")
+    trained = trainers[-1].model.eval()
+    trainers[-1]._load_from_checkpoint(str(chosen))
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+    with torch.no_grad():
+        own = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype=torch.float32)(ids).logits
+        torch.testing.assert_close(own, trained(input_ids=ids).logits, rtol=0, atol=1e-4)
+        assert (own - AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(ids).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_training_ends_as_if_it_had_not_been(method: str, runs, monkeypatch) -> None:
+    settings = tiny_settings(**METHODS[method])
+    expected = finetune(settings, runs("fresh"))
+    shutil.copytree(runs("fresh").folder / "data", runs("again").folder / "data")
+    (runs("again").folder / "manifest.json").write_text((runs("broken").folder / "manifest.json").read_text())
+    with monkeypatch.context() as patch:
+        die_after(7, patch)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings, runs("again"))
+    result = finetune(settings, runs("again"))
+    assert result.resumed_from == 6
+    for name, tensor in weights(result.product.path).items():
+        assert np.array_equal(tensor, weights(expected.product.path)[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_is_that_of_transformers_and_peft(method: str, runs) -> None:
+    """Loss and gradients at the answers alone, packed, beside the model's own loss of padded rows."""
+    run = runs("fresh")
+    settings = tiny_settings(lora_dropout=0.0, **METHODS[method])
+    data = run.require("data").path
+    task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
+    rows = [task.encode(tokenizer, row) for row in read_jsonl(data / "train.jsonl")[:6]]
+    model = _new_model(base_of(run), settings, "float32")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    padded = Collator(0)(rows)
+    plain = model(**{key: padded[key] for key in ("input_ids", "attention_mask", "labels")}).loss
+    plain.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    collate, layout = choose_layout(model, rows, 0)
+    assert layout.startswith("packed")
+    total, count = answer_loss(model, collate(rows))
+    (total / count).backward()
+    assert abs(total.item() / count - plain.item()) < 1e-5
+    for name, gradient in expected.items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient, rtol=1e-3, atol=1e-5)
