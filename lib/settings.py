@@ -67,6 +67,8 @@ SAMPLES = {"sample": "classification", "sample-ner": "instruction", "sample-qa":
 """The sample corpora that the workbook makes, and the tasks of their rows."""
 UNTRAINED = "none"
 """The finetuning_type of a run whose base model goes through it as it is."""
+TAKEN_OUT = ("pissa", "olora")
+"""Beginnings of `init_lora_weights` that take a part out of the base's weights and train that."""
 SENTIMENT_PROMPT = "你是情感分析助手。"
 
 
@@ -244,6 +246,7 @@ class Settings(_Keys):
             "answers": self.answer_metric != "none" and not self.generated_rows,
             "untrained_folds": self.folds > 1 and self.finetuning_type == UNTRAINED,
             "untrained_adapter": self.adapter and self.finetuning_type == UNTRAINED,
+            "taken_out": self.load_in_4bit and str(self.init_lora_weights).startswith(TAKEN_OUT),
             "thinking": labelled and self.thinking,
             "prompt": not labelled and self.system_prompt == SENTIMENT_PROMPT,
         }

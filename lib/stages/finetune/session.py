@@ -100,7 +100,7 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     }
 
 
-VARIANTS = ("use_rslora",)
+VARIANTS = ("use_rslora", "use_dora", "init_lora_weights")
 """Settings that make a variant of LoRA, named beside it where they are not the default."""
 
 
@@ -175,6 +175,10 @@ def _run_trainer(
     arguments = trainers.training_arguments(folder, steps, settings)
     trainer = trainers.AnswerTrainer(model, arguments, train, validation, collate)
     good, messages = checkpoints.find(folder)
+    if good and not trainer.goes_on_from(good[-1].path):
+        messages.append(data_file("stages/finetune/notes.yaml")["other-pair"])
+        shutil.rmtree(folder)
+        good = []
     start = good[-1] if good else None
     began = time.monotonic()
     with no_warnings(), Progress("fine-tuning (updates)", steps) as progress:

@@ -34,6 +34,7 @@ from lib.settings import Settings
 from lib.stages.finetune import checkpoints
 from lib.stages.finetune.batches import Collate, GroupedOrder, MicroBatches
 from lib.stages.finetune.layout import answer_loss
+from lib.stages.finetune.taken_out import TakenOut
 
 _SCALER: dict[str, Any] = {"init_scale": 2.0**12, "growth_interval": 100}
 """The loss scale of float16 begins below torch's (2¹⁶, 2000), so that a short training loses no updates to finding it;
@@ -77,6 +78,7 @@ class AnswerTrainer(Trainer):
         self.validation, self.collate = validation, collate
         self.interval_tokens, self.interval_started, self.eval_seconds = 0, time.monotonic(), 0.0
         self.stop_is_asked: Callable[[], bool] = bool
+        self.taken_out = TakenOut.of(model)
         super().__init__(
             model=model, args=arguments, train_dataset=train, eval_dataset=validation, data_collator=collate
         )
@@ -236,6 +238,16 @@ class AnswerTrainer(Trainer):
             self.interval_tokens, self.interval_started, self.eval_seconds = 0, time.monotonic(), 0.0
         super().log(logs, None)
 
+    def goes_on_from(self, checkpoint: Path) -> bool:
+        """Whether this training, begun anew, would be the one that a checkpoint is of."""
+        return self.taken_out is None or self.taken_out.same(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.taken_out is not None:
+            self.taken_out.load(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / checkpoints.STAGED)
 
@@ -257,6 +269,8 @@ class AnswerTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # each process has written the state of its random numbers
             if self.args.should_save:
                 staged = folder / checkpoints.STAGED / name
+                if self.taken_out is not None:
+                    self.taken_out.store(staged)
                 for unneeded in ("training_args.bin", "README.md"):  # a pickle that resuming does not need; empty card
                     (staged / unneeded).unlink(missing_ok=True)
                 checkpoints.publish(staged, folder / name, self.state.global_step)

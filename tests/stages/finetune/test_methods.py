@@ -15,15 +15,17 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from transformers import AutoModelForCausalLM
 
+from lib.errors import InputError
 from lib.models.base_model import base_of
 from lib.models.loading import load_tokenizer
 from lib.prompts.tasks import read_task
-from lib.runs.files import read_jsonl
+from lib.runs.files import read_json, read_jsonl
 from lib.settings import yaml_value
 from lib.stages.finetune.batches import Collator
 from lib.stages.finetune.layout import answer_loss, choose_layout
 from lib.stages.finetune.session import _new_model
 from lib.stages.finetune.stage import finetune, made_with
+from lib.stages.finetune.taken_out import TakenOut
 from lib.stages.finetune.trainer import AnswerTrainer, training_arguments
 from lib.stages.merge.proof import prove_merge
 from lib.stages.merge.weights import merge_folders
@@ -63,7 +65,15 @@ def test_older_trainings_stay_what_they_are(runs) -> None:
     assert not runs("straight").is_current("adapter", entry.parameters | {"weight_decay": 0.1}, ("data",))
 
 
-METHODS: dict[str, dict[str, Any]] = {"use_rslora": {"use_rslora": True}}
+METHODS: dict[str, dict[str, Any]] = {
+    "rsLoRA": {"use_rslora": True},
+    "DoRA": {"use_dora": True},
+    "Gaussian": {"init_lora_weights": "gaussian"},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "fast PiSSA": {"init_lora_weights": "pissa_niter_16", "use_rslora": True},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "PiSSA with DoRA": {"init_lora_weights": "pissa", "use_dora": True},
+}
 """Settings of every way of training an adapter, by its name."""
 
 
@@ -151,3 +161,37 @@ def test_the_loss_is_that_of_transformers_and_peft(method: str, runs) -> None:
     assert abs(total.item() / count - plain.item()) < 1e-5
     for name, gradient in expected.items():
         torch.testing.assert_close(dict(model.named_parameters())[name].grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"init_lora_weights": "olora", "use_rslora": True}])
+def test_what_is_stored_is_what_peft_converts(changes: dict[str, Any], runs, tmp_path: Path) -> None:
+    model = _new_model(base_of(runs("fresh")), tiny_settings(**{"init_lora_weights": "pissa", **changes}), "float32")
+    taken = TakenOut.of(model)
+    model.save_pretrained(tmp_path / "initial")
+    for parameter in taken.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "own")
+    taken.store(tmp_path / "own")
+    model.save_pretrained(tmp_path / "peft", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    own, theirs = ({**weights(tmp_path / name)} for name in ("own", "peft"))
+    assert own.keys() == theirs.keys() and all(np.array_equal(own[name], theirs[name]) for name in own)
+    keys = ("r", "lora_alpha", "init_lora_weights", "use_rslora")
+    configs = [read_json(tmp_path / name / "adapter_config.json") for name in ("own", "peft")]
+    assert [configs[0][key] for key in keys] == [configs[1][key] for key in keys] and configs[0]["r"] == 8
+
+
+def test_checkpoints_of_another_pair_are_not_gone_on_from(runs, monkeypatch) -> None:
+    settings = tiny_settings(init_lora_weights="pissa")
+    with monkeypatch.context() as patch:
+        die_after(7, patch)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings, runs("fresh"))
+    monkeypatch.setattr(TakenOut, "same", lambda *_: False)  # as on a machine whose decomposition differs
+    result = finetune(settings, runs("fresh"))
+    assert result.resumed_from is None and "another part of the base" in result.messages[0]
+
+
+def test_a_rank_beyond_the_smallest_layer_has_no_beginning(runs) -> None:
+    with pytest.raises(InputError, match="lora_r: 64, and a layer has rank 32"):
+        finetune(tiny_settings(init_lora_weights="pissa", lora_r=64), runs("fresh"))
