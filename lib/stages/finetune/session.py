@@ -100,7 +100,7 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     }
 
 
-VARIANTS = ("use_rslora", "use_dora", "init_lora_weights")
+VARIANTS = ("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio")
 """Settings that make a variant of LoRA, named beside it where they are not the default."""
 
 
@@ -173,7 +173,7 @@ def _run_trainer(
     if trainers.warm_up(steps, settings) > steps:
         raise refusal("finetune/long-warm-up", settings=settings, steps=steps)
     arguments = trainers.training_arguments(folder, steps, settings)
-    trainer = trainers.AnswerTrainer(model, arguments, train, validation, collate)
+    trainer = trainers.AnswerTrainer(model, arguments, train, validation, collate, settings.loraplus_lr_ratio)
     good, messages = checkpoints.find(folder)
     if good and not trainer.goes_on_from(good[-1].path):
         messages.append(data_file("stages/finetune/notes.yaml")["other-pair"])

@@ -41,7 +41,7 @@ PARAMETERS = (
 
 UNNAMED = (
     *("adapter", "finetuning_type", "weight_decay", "max_grad_norm"),
-    *("use_rslora", "use_dora", "init_lora_weights"),
+    *("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio"),
 )
 """The others, which a product names only where they are not the default: older products know nothing of them."""
 

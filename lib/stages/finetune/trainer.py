@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
+from peft.optimizers import create_loraplus_optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
@@ -62,6 +63,7 @@ class AnswerTrainer(Trainer):
         arguments: from `training_arguments`.
         train, validation: encoded rows.
         collate: makes a batch of rows, padded or packed (`lib.stages.finetune.layout`).
+        loraplus_lr_ratio: how many times as fast B learns as A (LoRA+); 0 = they learn alike.
     """
 
     def __init__(
@@ -71,11 +73,12 @@ class AnswerTrainer(Trainer):
         train: list[Encoded],
         validation: list[Encoded],
         collate: Collate,
+        loraplus_lr_ratio: float = 0.0,
     ) -> None:
         passes = arguments.gradient_accumulation_steps * arguments.world_size
         rows_per_update = arguments.per_device_train_batch_size * passes
         self.order = GroupedOrder([len(example) for example in train], rows_per_update, arguments.seed)
-        self.validation, self.collate = validation, collate
+        self.validation, self.collate, self.loraplus_lr_ratio = validation, collate, loraplus_lr_ratio
         self.interval_tokens, self.interval_started, self.eval_seconds = 0, time.monotonic(), 0.0
         self.stop_is_asked: Callable[[], bool] = bool
         self.taken_out = TakenOut.of(model)
@@ -103,6 +106,14 @@ class AnswerTrainer(Trainer):
         if share:
             return self.collate(share)
         return {"labels": torch.zeros((1, 0), dtype=torch.int64), "row_tokens": torch.tensor(0)}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """That of transformers, or peft's of LoRA+ (Hayou et al. 2024, arXiv 2402.12354)."""
+        if self.optimizer is None and self.loraplus_lr_ratio:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options |= {"loraplus_lr_ratio": self.loraplus_lr_ratio, "loraplus_weight_decay": self.args.weight_decay}
+            self.optimizer = create_loraplus_optimizer(self.model, kind, **options)
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """The schedule of transformers but for its first step, whose rate is 0 (`rates`)."""

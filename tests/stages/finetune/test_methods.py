@@ -73,6 +73,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fast PiSSA": {"init_lora_weights": "pissa_niter_16", "use_rslora": True},
     "OLoRA": {"init_lora_weights": "olora"},
     "PiSSA with DoRA": {"init_lora_weights": "pissa", "use_dora": True},
+    "LoRA+": {"loraplus_lr_ratio": 4.0, "weight_decay": 0.01},
 }
 """Settings of every way of training an adapter, by its name."""
 
@@ -103,7 +104,7 @@ def test_the_adapter_is_merged_as_peft_merges_it_and_answers_as_it_was_trained(
 ) -> None:
     run, changes = runs("fresh"), METHODS[method]
     result, base = finetune(tiny_settings(num_train_epochs=1.0, save_steps=4, **changes), run), base_of(run).path
-    assert all(f"{key}: {yaml_value(value)}" in result.method for key, value in changes.items())
+    assert all(f"{key}: {yaml_value(changes[key])}" in result.method for key in changes.keys() - {"weight_decay"})
     chosen = result.product.path / "checkpoints" / f"checkpoint-{result.chosen_step}"
     for name, adapter in {"product": result.product.path, "checkpoint": chosen}.items():
         report = merge_folders(base, adapter, tmp_path / name)
@@ -195,3 +196,17 @@ def test_checkpoints_of_another_pair_are_not_gone_on_from(runs, monkeypatch) -> 
 def test_a_rank_beyond_the_smallest_layer_has_no_beginning(runs) -> None:
     with pytest.raises(InputError, match="lora_r: 64, and a layer has rank 32"):
         finetune(tiny_settings(init_lora_weights="pissa", lora_r=64), runs("fresh"))
+
+
+def test_with_lora_plus_b_learns_so_many_times_as_fast(runs, trainers: list[AnswerTrainer]) -> None:
+    """Of one update, in which A has no gradient: AdamW's first step is the learning rate wherever there is one."""
+    found = {}
+    for ratio in (0.0, 4.0):
+        run = runs(f"ratio-{ratio:.0f}")
+        make_data(run, train=4, validation=4)
+        found[ratio] = weights(finetune(tiny_settings(**ONE, loraplus_lr_ratio=ratio), run).product.path)
+    rates = {group["lr"] / group["initial_lr"] for group in trainers[-1].optimizer.param_groups}
+    assert len(rates) == 1, "one schedule for all"
+    for name in found[0.0]:
+        times = 4 if "lora_B" in name else 1
+        np.testing.assert_allclose(found[4.0][name], times * found[0.0][name], rtol=1e-5)
