@@ -117,7 +117,7 @@ is a quarter of a nat (0.5 %, set on random weights, left the packed layout out 
 sizes are no yardstick for that: they give equal bits. A leak between rows is found by `LEAK`, exact in every format."""
 
 
-def choose_layout(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[Collate, str]:
+def choose_layout(model: Any, rows: Sequence[Encoded], pad_id: int, problem: str | None = None) -> tuple[Collate, str]:
     """The collator for these rows, and in words what it does (and why, where it could not be the packed one).
 
     The packed layout is taken where the configuration allows it and it proves right on the shortest and the longest
@@ -125,6 +125,7 @@ def choose_layout(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[Col
 
     Args:
         rows: of training and validation together: the prefix is what all of them have in common.
+        problem: why this training needs padded rows, whatever the model allows.
 
     Raises:
         InputError: the model's logits are not its output layer on its last hidden state (it scales or caps them), so
@@ -135,7 +136,7 @@ def choose_layout(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[Col
     inner = causal_model(model)
     with _evaluating(model):
         _require_plain_logits(model, _on_device(model, padded([sample[0]])))
-        problem = batches.unpackable(inner, len(sample[1]))
+        problem = problem or batches.unpackable(inner, len(sample[1]))
         if problem is None:
             packed = PackedCollator(pad_id, batches.shared_prefix(rows))
             problem = _try_packing(model, padded, packed, sample)

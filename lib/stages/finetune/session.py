@@ -73,7 +73,8 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     with base_fits():
         model = _new_model(inputs.base, settings, dtype)
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    collate, layout = choose_layout(model, [*train, *validation], filler or 0)
+    noise = data_file("stages/finetune/notes.yaml")["noise"] if settings.neftune_noise_alpha else None
+    collate, layout = choose_layout(model, [*train, *validation], filler or 0, noise)
     if dtype == "float16":
         refuse_overflow(model, collate(train[:1]))
     plan = _plan(model, settings, train + validation, getattr(collate, "prefix", 0))
@@ -100,7 +101,7 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     }
 
 
-VARIANTS = ("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio")
+VARIANTS = ("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio", "neftune_noise_alpha")
 """Settings that make a variant of LoRA, named beside it where they are not the default."""
 
 

@@ -40,7 +40,7 @@ PARAMETERS = (
 """Settings that a trained adapter depends on (those of the data come in through the data product)."""
 
 UNNAMED = (
-    *("adapter", "finetuning_type", "weight_decay", "max_grad_norm"),
+    *("adapter", "finetuning_type", "weight_decay", "max_grad_norm", "neftune_noise_alpha"),
     *("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio"),
 )
 """The others, which a product names only where they are not the default: older products know nothing of them."""

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from transformers import AutoModelForCausalLM
+from transformers.integrations.neftune import activate_neftune
 
 from lib.errors import InputError
 from lib.models.base_model import base_of
@@ -73,6 +74,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fast PiSSA": {"init_lora_weights": "pissa_niter_16", "use_rslora": True},
     "OLoRA": {"init_lora_weights": "olora"},
     "PiSSA with DoRA": {"init_lora_weights": "pissa", "use_dora": True},
+    "NEFTune": {"neftune_noise_alpha": 5.0},
     "LoRA+": {"loraplus_lr_ratio": 4.0, "weight_decay": 0.01},
 }
 """Settings of every way of training an adapter, by its name."""
@@ -150,13 +152,18 @@ def test_the_loss_is_that_of_transformers_and_peft(method: str, runs) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data += 0.05 * torch.randn_like(parameter)
+    alpha = settings.neftune_noise_alpha
+    collate, layout = choose_layout(model, rows, 0, "of the noise" if alpha else None)
+    assert layout == "padded to the longest of like length (of the noise)" if alpha else layout.startswith("packed")
+    if alpha:
+        activate_neftune(model, alpha)
     padded = Collator(0)(rows)
+    torch.manual_seed(7)
     plain = model(**{key: padded[key] for key in ("input_ids", "attention_mask", "labels")}).loss
     plain.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    collate, layout = choose_layout(model, rows, 0)
-    assert layout.startswith("packed")
+    torch.manual_seed(7)
     total, count = answer_loss(model, collate(rows))
     (total / count).backward()
     assert abs(total.item() / count - plain.item()) < 1e-5
@@ -210,3 +217,15 @@ def test_with_lora_plus_b_learns_so_many_times_as_fast(runs, trainers: list[Answ
     for name in found[0.0]:
         times = 4 if "lora_B" in name else 1
         np.testing.assert_allclose(found[4.0][name], times * found[0.0][name], rtol=1e-5)
+
+
+def test_noise_on_embeddings_is_drawn_while_training_alone(runs, trainers: list[AnswerTrainer]) -> None:
+    result = finetune(tiny_settings(neftune_noise_alpha=5.0), runs("fresh"))
+    assert "(the noise of NEFTune" in result.layout
+    first = next(row["loss"] for row in result.history if "loss" in row)
+    plain = finetune(tiny_settings(), runs("straight"))
+    assert plain.layout.startswith("packed") and first != pytest.approx(plain.history[0]["loss"], abs=1e-4)
+    trainer = trainers[-1]
+    trainer._load_from_checkpoint(str(result.product.path / "checkpoints" / f"checkpoint-{result.chosen_step}"))
+    judged = {row["step"]: row["eval_loss"] for row in result.history if "eval_loss" in row}
+    assert trainer._validation_loss() == judged[result.chosen_step]
