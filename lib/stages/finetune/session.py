@@ -165,6 +165,7 @@ def _run_trainer(
 ) -> tuple[Any, dict[str, Any]]:
     """Run the Trainer to its end, from the newest verified checkpoint if there is one; what came of it."""
     from lib.stages.finetune import trainer as trainers
+    from lib.stages.finetune.watch import Watch, stop_by_signal
 
     settings, folder = inputs.settings, inputs.folder / "checkpoints"
     shutil.rmtree(folder / checkpoints.STAGED, ignore_errors=True)
@@ -183,13 +184,13 @@ def _run_trainer(
     start = good[-1] if good else None
     began = time.monotonic()
     with no_warnings(), Progress("fine-tuning (updates)", steps) as progress:
-        watch = trainers.Watch(trainer, inputs.folder, progress, inputs.redraw, inputs.stop_file)
+        watch = Watch(trainer, inputs.folder, progress, inputs.redraw, inputs.stop_file)
         trainer.add_callback(watch)
         for message in messages:
             watch.write(f"{message}: passed over")
         watch.write(f"micro-batches {layout}")
         watch.write(f"continuing from step {start.step} of {steps}" if start else f"starting; {steps} updates")
-        with trainers.stop_by_signal(watch.stop), full_memory():
+        with stop_by_signal(watch.stop), full_memory():
             if start and start.eval_loss is None and (start.step % settings.save_steps == 0 or start.step == steps):
                 start = trainer.evaluate_checkpoint(start)
             watch.start = start
