@@ -29,7 +29,7 @@ from lib.runs.locks import locked
 from lib.runs.manifest import NOTEBOOK_OF
 from lib.runs.run import Run, open_run
 from lib.scoring.word_lists import SHIPPED_PROMPTS, SHIPPED_TERMS, prompt_set, read_prompts, read_terms
-from lib.settings import OFFLINE_BASE, SAMPLES, UNTRAINED, Settings
+from lib.settings import OFFLINE_BASE, SAMPLES, Settings
 from lib.stages.finetune.stage import made_with
 
 # Around a report: alone in its folder, progress on the terminal.
@@ -106,12 +106,12 @@ class _Session:
     """One call of `run_report`: what is fixed while it lasts (titles are read once, before anything runs)."""
 
     def __init__(self, settings: Settings, notebooks: list[Path], last: Path, timeout: float, say: Say) -> None:
-        self.run, self.untrained = open_run(settings.run_name), settings.finetuning_type == UNTRAINED
+        self.run, self.finetuning_type = open_run(settings.run_name), settings.finetuning_type
         self.full = settings.detail == "full"
         self.notebooks, self.last, self.timeout = notebooks, last, timeout
         self.say, self.detail = say, lambda line: say(f"{DETAIL}{line}")
         self.folder = files.reports_folder() / self.run.name
-        self.titles = [index.read_stage(notebook, self.untrained) for notebook in notebooks]
+        self.titles = [index.read_stage(notebook, self.finetuning_type) for notebook in notebooks]
 
     def page(self, notebook: Path) -> Path:
         """Where the page of a notebook is published, its executed copy beside it."""
@@ -349,7 +349,9 @@ def _stage(session: _Session, notebook: Path, parameters: dict[str, Any]) -> Non
         try:
             if name == NOTEBOOK_OF["adapter"] and session.last.stem >= NOTEBOOK_OF["gguf"]:
                 _refuse_unconvertible(session.run, name)
-            source = index.write_reduced(notebook, work / "source.ipynb") if session.untrained else notebook
+            kind, source = session.finetuning_type, notebook
+            if kind in index.INSTEAD:
+                source = index.write_reduced(notebook, work / "source.ipynb", kind)
             ended = execute.execute(source, executed, parameters, work, session.timeout, session.detail)
             if failure := execute.judge(executed, ended, session.timeout) or _without_product(session, name):
                 raise ReportError(name, _refused(failure, work) or failure)

@@ -13,7 +13,7 @@ from lib.errors import refusal
 from lib.prompts.conversations import Encoded
 from lib.stages.finetune import batches
 from lib.stages.finetune.batches import Collate, Collator, PackedCollator
-from lib.stages.finetune.memory import HEAD_ROWS
+from lib.stages.finetune.memory import HEAD_ROWS, causal_model
 
 # Cross-entropy at the answer tokens only, without ever making the logits of the other positions.
 #
@@ -21,9 +21,17 @@ from lib.stages.finetune.memory import HEAD_ROWS
 # the same loss and gradients as `model(labels=…)` and saves the [rows, length, vocabulary] tensor (PERFORMANCE §5.1).
 
 
-def causal_model(model: Any) -> Any:
-    """The transformers model inside a PeftModel (LoRA layers stay in place), or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def train_whole(model: Any, dtype: str) -> Any:
+    """Make every weight of a float32 model trained, with products in `dtype`; small steps are lost in 16 bits."""
+    model.requires_grad_(True)
+    model.computes_in = getattr(torch, dtype)
+    return model
+
+
+def arithmetic(model: Any) -> torch.dtype:
+    """The number format of a model's products: that of its weights, unless `train_whole` has set another."""
+    inner = causal_model(model)
+    return getattr(inner, "computes_in", inner.get_input_embeddings().weight.dtype)
 
 
 def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -93,7 +101,7 @@ class _FrozenHead(torch.autograd.Function):
 
 def autocast(model: Any) -> contextlib.AbstractContextManager:
     """Products in 16 bits where the base has them (the adapter's float32 weights are rounded for the product)."""
-    dtype = model.get_input_embeddings().weight.dtype
+    dtype = arithmetic(model)
     low = dtype in (torch.bfloat16, torch.float16)
     return torch.autocast(model.device.type, dtype) if low else contextlib.nullcontext()
 
@@ -213,7 +221,7 @@ def _require_plain_logits(model: Any, batch: dict[str, torch.Tensor]) -> None:
     Those are enlarged, so that a cap on the logits shows whatever their size is.
     """
     inner, seen = causal_model(model), []
-    half = inner.get_input_embeddings().weight.dtype == torch.float16
+    half = arithmetic(inner) == torch.float16
 
     def enlarge(module: Any, arguments: Any, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state * (ENLARGED_HALF if half else ENLARGED)
@@ -232,5 +240,5 @@ def _require_plain_logits(model: Any, batch: dict[str, torch.Tensor]) -> None:
 
 
 def _close(model: Any, found: float, expected: float) -> bool:
-    low = causal_model(model).get_input_embeddings().weight.dtype != torch.float32
+    low = arithmetic(model) != torch.float32
     return abs(found - expected) <= (CLOSE_LOW if low else CLOSE) * (1 + abs(expected))

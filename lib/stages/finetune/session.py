@@ -25,7 +25,7 @@ from lib.prompts.tasks import Task, read_task
 from lib.runs import machine
 from lib.runs.files import data_file, read_json, read_jsonl, require_space, write_json, write_jsonl
 from lib.runs.machine import device_peak, no_warnings, peak_memory, quiet
-from lib.settings import Settings, yaml_value
+from lib.settings import FULL, OF_ADAPTERS, Settings, yaml_value
 from lib.stages.finetune import checkpoints, memory
 from lib.stages.finetune.memory import with_adapter
 
@@ -101,17 +101,20 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     }
 
 
-VARIANTS = ("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio", "neftune_noise_alpha")
-"""Settings that make a variant of LoRA, named beside it where they are not the default."""
+VARIANTS = (*OF_ADAPTERS, "neftune_noise_alpha")
+"""Settings that are named beside the method where they are not the default."""
 
 
 def _method(model: Any, settings: Settings) -> str:
     """How it was trained, in words."""
-    layers = sum(1 for name, _ in model.named_modules() if name.endswith("lora_A"))
-    kind, usual = "QLoRA (NF4)" if settings.load_in_4bit else "LoRA", Settings()
-    words = f"{kind} r={settings.lora_r}, alpha={settings.lora_alpha} on {layers} linear layers"
+    usual = Settings()
     own = {key: value for key, value in settings.pick(*VARIANTS).items() if value != getattr(usual, key)}
-    return f"{words} ({', '.join(f'{key}: {yaml_value(value)}' for key, value in own.items())})" if own else words
+    more = f" ({', '.join(f'{key}: {yaml_value(value)}' for key, value in own.items())})" if own else ""
+    if settings.finetuning_type == FULL:
+        return f"{FULL}{more}"
+    layers = sum(1 for name, _ in model.named_modules() if name.endswith("lora_A"))
+    kind = "QLoRA (NF4)" if settings.load_in_4bit else "LoRA"
+    return f"{kind} r={settings.lora_r}, alpha={settings.lora_alpha} on {layers} linear layers{more}"
 
 
 def _rows(data: Path, task: Task, tokenizer: Any, name: str) -> list[Encoded]:
@@ -124,13 +127,16 @@ def _rows(data: Path, task: Task, tokenizer: Any, name: str) -> list[Encoded]:
 
 
 def _new_model(base: Base, settings: Settings, dtype: str) -> Any:
-    """The frozen base with a fresh adapter (float32), from the run's seed."""
+    """The frozen base with a fresh adapter (float32), from the run's seed; or the base in float32, to be trained."""
     from transformers import set_seed
 
-    model = load_model(base.path, dtype=dtype, load_in_4bit=settings.load_in_4bit)
+    from lib.stages.finetune.layout import train_whole
+
+    whole = settings.finetuning_type == FULL
+    model = load_model(base.path, dtype="float32" if whole else dtype, load_in_4bit=settings.load_in_4bit)
     model.config.use_cache = False
     set_seed(settings.training_seed)
-    return with_adapter(model, settings)
+    return train_whole(model, dtype) if whole else with_adapter(model, settings)
 
 
 def _plan(model: Any, settings: Settings, rows: list[Encoded], prefix: int) -> dict[str, Any]:
@@ -152,7 +158,7 @@ def _plan(model: Any, settings: Settings, rows: list[Encoded], prefix: int) -> d
     memory.refuse_impossible(need * processes, total, advice)
     sizes = memory.weights_of(model)
     return {
-        "trainable": sizes[-1],
+        "trainable": sizes[-1] or sum(sizes),
         "total": sum(sizes),
         "estimate": {**estimate, "total": need},
         "memory": {"available": free, "total": total},

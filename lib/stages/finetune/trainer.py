@@ -30,7 +30,7 @@ from lib.runs.machine import torch_device
 from lib.settings import Settings
 from lib.stages.finetune import checkpoints
 from lib.stages.finetune.batches import Collate, GroupedOrder, MicroBatches
-from lib.stages.finetune.layout import answer_loss
+from lib.stages.finetune.layout import answer_loss, arithmetic
 from lib.stages.finetune.taken_out import TakenOut
 
 _SCALER: dict[str, Any] = {"init_scale": 2.0**12, "growth_interval": 100}
@@ -55,7 +55,7 @@ class AnswerTrainer(Trainer):
     """Trains on the answer tokens of `train` and measures the same loss on `validation`.
 
     Args:
-        model: a PeftModel.
+        model: a PeftModel, or a model whose weights are all trained.
         arguments: from `training_arguments`.
         train, validation: encoded rows.
         collate: makes a batch of rows, padded or packed (`lib.stages.finetune.layout`).
@@ -83,7 +83,7 @@ class AnswerTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # it prints to stdout
         self.skipped = 0
-        if next(iter(self.model.get_base_model().parameters())).dtype == torch.float16:
+        if arithmetic(self.model) == torch.float16:
             self.accelerator.scaler = torch.amp.GradScaler(arguments.device.type, **_SCALER)
         if arguments.world_size > 1:
             torch.manual_seed(arguments.seed + arguments.process_index)  # dropout of its own in every process

@@ -13,12 +13,14 @@ import torch
 from peft import PeftModel
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.neftune import activate_neftune
 
 from lib.errors import InputError
 from lib.models.base_model import base_of
 from lib.models.loading import load_tokenizer
+from lib.models.merge_plan import plan_merge
 from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl
 from lib.settings import yaml_value
@@ -29,6 +31,7 @@ from lib.stages.finetune.stage import finetune, made_with
 from lib.stages.finetune.taken_out import TakenOut
 from lib.stages.finetune.trainer import AnswerTrainer, training_arguments
 from lib.stages.merge.proof import prove_merge
+from lib.stages.merge.stage import merge
 from lib.stages.merge.weights import merge_folders
 from tests.stages.finetune.conftest import die_after, make_data, tiny_settings
 
@@ -229,3 +232,73 @@ def test_noise_on_embeddings_is_drawn_while_training_alone(runs, trainers: list[
     trainer._load_from_checkpoint(str(result.product.path / "checkpoints" / f"checkpoint-{result.chosen_step}"))
     judged = {row["step"]: row["eval_loss"] for row in result.history if "eval_loss" in row}
     assert trainer._validation_loss() == judged[result.chosen_step]
+
+
+WHOLE = {"finetuning_type": "full", "learning_rate": 1e-3}
+
+
+def test_every_weight_is_trained_and_taken_over(runs, tmp_path: Path, trainers: list[AnswerTrainer]) -> None:
+    """Adapter and merge in one: the trained float32 weights, rounded once into the base's format."""
+    run = runs("fresh")
+    result, base = finetune(tiny_settings(**WHOLE), run), base_of(run).path
+    assert result.whole and result.method == "full" and result.trainable_share == 1.0 and run.whole
+    assert "lora_r" not in result.product.entry.parameters
+    trained = load_torch(result.product.path / "model.safetensors")
+    before = load_torch(base / "model.safetensors")
+    assert trained.keys() == before.keys() and all(t.dtype == torch.float32 for t in trained.values())
+    assert all((t != before[name].float()).any() for name, t in trained.items())
+    merged = merge(tiny_settings(), run)
+    found = load_torch(merged.product.path / "model.safetensors")
+    assert all(torch.equal(found[name], t.to(before[name].dtype)) for name, t in trained.items())
+    assert merged.whole and merged.proof.weights_summed == 0 and merged.report.tensors_changed == len(trained)
+    assert merged.check.effect_kld > 10 * merged.check.mean_kld
+    trainers[-1]._load_from_checkpoint(str(result.product.path / "checkpoints" / f"checkpoint-{result.chosen_step}"))
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+    with torch.no_grad():
+        own = AutoModelForCausalLM.from_pretrained(result.product.path, dtype=torch.float32)(ids).logits
+        torch.testing.assert_close(own, trainers[-1].model.eval()(input_ids=ids).logits, rtol=0, atol=1e-4)
+
+
+def test_an_interrupted_training_of_every_weight_ends_as_if_it_had_not_been(runs, monkeypatch) -> None:
+    expected = load_torch(finetune(tiny_settings(**WHOLE), runs("straight")).product.path / "model.safetensors")
+    with monkeypatch.context() as patch:
+        die_after(7, patch)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(tiny_settings(**WHOLE), runs("fresh"))
+    result = finetune(tiny_settings(**WHOLE), runs("fresh"))
+    assert result.resumed_from == 6
+    found = load_torch(result.product.path / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_of_a_whole_model_is_that_of_transformers(dtype: str, runs) -> None:
+    run = runs("fresh")
+    data = run.require("data").path
+    task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
+    rows = [task.encode(tokenizer, row) for row in read_jsonl(data / "train.jsonl")[:6]]
+    model = _new_model(base_of(run), tiny_settings(**WHOLE), dtype)
+    assert next(model.parameters()).dtype == torch.float32
+    padded = Collator(0)(rows)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        plain = model(**{key: padded[key] for key in ("input_ids", "attention_mask", "labels")}).loss
+    plain.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    collate, layout = choose_layout(model, rows, 0)
+    assert layout.startswith("packed")
+    total, count = answer_loss(model, collate(rows))
+    (total / count).backward()
+    assert abs(total.item() / count - plain.item()) < (1e-5 if dtype == "float32" else 2e-2)
+    for name, parameter in model.named_parameters():
+        if dtype == "float32":
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_another_model_is_not_taken_for_the_trained_one(runs, tmp_path: Path) -> None:
+    base = base_of(runs("fresh")).path
+    tensors = load_torch(base / "model.safetensors")
+    other = shutil.copytree(base, tmp_path / "other")
+    save_file({n: t for n, t in tensors.items() if "norm" not in n}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="differ in"):
+        plan_merge(base, other)
