@@ -26,7 +26,7 @@ from lib.runs import machine
 from lib.runs.files import data_file, read_json, read_jsonl, require_space, write_json, write_jsonl
 from lib.runs.machine import device_peak, no_warnings, peak_memory, quiet
 from lib.settings import FULL, OF_ADAPTERS, Settings, yaml_value
-from lib.stages.finetune import checkpoints, memory
+from lib.stages.finetune import checkpoints, memory, tracking
 from lib.stages.finetune.memory import with_adapter
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class TrainingInputs:
         folder: where checkpoints, history and log go.
         redraw: called when there are new losses in the file `checkpoints.LIVE`.
         stop_file: who wants the training to stop makes it; None where a signal alone stops it.
+        tracking: folder of the files of the tracker that `report_to` names.
     """
 
     settings: Settings
@@ -52,6 +53,7 @@ class TrainingInputs:
     folder: Path
     redraw: Callable[[], None] | None = None
     stop_file: Path | None = None
+    tracking: Path = Path(tracking.FOLDER)
 
 
 def train(inputs: TrainingInputs) -> dict[str, Any]:
@@ -79,7 +81,9 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
         refuse_overflow(model, collate(train[:1]))
     plan = _plan(model, settings, train + validation, getattr(collate, "prefix", 0))
     require_space(inputs.folder, 5 * 12 * plan["trainable"] + (32 << 20), "checkpoints and the adapter")
-    with peak_memory() as peak, device_peak() as on_gpu:  # of the training alone: making the offline base needs more
+    reported = tracking.reporting(settings.report_to, inputs.tracking)
+    # measured is the training alone: making the offline base needs more
+    with reported, peak_memory() as peak, device_peak() as on_gpu:
         trainer, outcome = _run_trainer(inputs, model, train, validation, collate, layout)
     from lib.stages.finetune.trainer import from_every_process
 

@@ -28,7 +28,7 @@ from lib.runs.render import render
 from lib.runs.run import Product, ProductDraft, Run
 from lib.select.choice import BEST_OF, Best, best_of, write_analysis
 from lib.settings import FULL, UNTRAINED, Settings
-from lib.stages.finetune import checkpoints
+from lib.stages.finetune import checkpoints, tracking
 from lib.stages.finetune.processes import made_once, train_in_processes
 from lib.stages.finetune.session import TrainingInputs, train, until_it_fits
 
@@ -166,6 +166,7 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses | None = None) -> Fi
     """
     if settings.adapter:
         return FinetuneResult.read(adopt(settings, run))
+    tracking.refuse_absent(settings.report_to)
     if settings.finetuning_type == UNTRAINED:
         return FinetuneResult.read(_leave_untrained(run, settings.force))
 
@@ -196,7 +197,14 @@ def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses |
         draw(draft.folder / checkpoints.LIVE) if draw else contextlib.nullcontext() as plot,
         resources_recorded(draft.folder / RESOURCES, gpus=settings.num_processes),
     ):
-        inputs = TrainingInputs(settings, run.require("data").path, base, draft.folder, plot and plot.update)
+        inputs = TrainingInputs(
+            settings,
+            run.require("data").path,
+            base,
+            draft.folder,
+            plot and plot.update,
+            tracking=run.folder / tracking.FOLDER,
+        )
         facts, notes = until_it_fits(inputs, train if settings.num_processes == 1 else train_in_processes)
     draft.notes += notes
     draft.device = facts.pop("device")

@@ -333,6 +333,9 @@ def training_arguments(folder: Path, steps: int, settings: Settings) -> Training
             *("learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size", "save_steps"),
             *("gradient_accumulation_steps", "gradient_checkpointing", "weight_decay"),
         ),
+        report_to=settings.report_to,
+        run_name=settings.run_name,
+        project="quantization-workbook",  # of trackio
         neftune_noise_alpha=settings.neftune_noise_alpha or None,
         max_grad_norm=settings.max_grad_norm or math.inf,  # with 0 transformers passes `_clip_grad_norm` by
         **_ALWAYS,
