@@ -23,9 +23,11 @@ from lib.models.loading import load_tokenizer
 from lib.models.merge_plan import plan_merge
 from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl
+from lib.runs.machine import bitsandbytes_problem
 from lib.settings import yaml_value
 from lib.stages.finetune.batches import Collator
 from lib.stages.finetune.layout import answer_loss, choose_layout
+from lib.stages.finetune.memory import advice, estimate
 from lib.stages.finetune.session import _new_model
 from lib.stages.finetune.stage import finetune, made_with
 from lib.stages.finetune.taken_out import TakenOut
@@ -302,3 +304,28 @@ def test_another_model_is_not_taken_for_the_trained_one(runs, tmp_path: Path) ->
     save_file({n: t for n, t in tensors.items() if "norm" not in n}, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="differ in"):
         plan_merge(base, other)
+
+
+@pytest.mark.parametrize("method", ["DoRA", "LoRA+"])
+def test_variants_over_a_base_in_4_bits(method: str, runs, tmp_path: Path) -> None:
+    """Trained on NF4, merged into the weights of the base as peft merges it."""
+    if problem := bitsandbytes_problem():
+        pytest.skip(problem)
+    run, changes = runs("fresh"), {"load_in_4bit": True, "dtype": "auto", "num_train_epochs": 1.0, "save_steps": 4}
+    result, base = finetune(tiny_settings(**changes, **METHODS[method]), run), base_of(run).path
+    assert result.method.startswith("QLoRA (NF4)") and result.product.entry.facts["method"] == "QLoRA"
+    merge_folders(base, result.product.path, tmp_path / "merged")
+    found, expected = load_torch(tmp_path / "merged" / "model.safetensors"), merged_by_peft(base, result.product.path)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+
+
+def test_the_memory_of_a_whole_model_is_reckoned_with(runs) -> None:
+    whole, lora = (tiny_settings(finetuning_type=kind, dtype="float32") for kind in ("full", "lora"))
+    models = [_new_model(base_of(runs("fresh")), settings, "float32") for settings in (whole, lora)]
+    found, usual = (estimate(model, asked, 40, 4) for model, asked in zip(models, (whole, lora), strict=True))
+    total = sum(p.numel() for p in models[0].parameters())
+    assert found["weights"] == usual["weights"] == 4 * total and found["adapter"] == 0
+    assert found["gradients"] == 4 * total and found["optimizer"] == 8 * total
+    half = estimate(models[0], whole.model_copy(update={"dtype": "bfloat16"}), 40, 4)
+    assert half["weights"] == 6 * total, "the trained weights, and a copy for the products"
+    assert "finetuning_type: lora" in advice(2 * total, total, whole, True)
