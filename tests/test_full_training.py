@@ -114,3 +114,16 @@ def test_pages_say_nothing_of_an_adapter(path: Path) -> None:
     code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
     compile(code, path.name, "exec")
     assert "run.adapter()" not in code
+
+
+@pytest.mark.parametrize("name", ["02_finetune", "04_merge"])
+def test_the_cells_of_such_a_page_run(name: str, results: dict) -> None:
+    path = next(path for path in NOTEBOOKS if path.stem == name)
+    names: dict[str, object] = {}
+    for cell in read_notebook(path, "full").cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, path.name, "exec"), names)
+            if "parameters" in cell.metadata.get("tags", []):
+                asked = results["settings"].model_dump()
+                names.update({key: asked[key] for key in asked.keys() & names.keys()})
+    assert not names["result"].product.made  # type: ignore[attr-defined]
