@@ -1,6 +1,6 @@
 """Ways of training beside one another: held-out accuracy and validation loss of each over some seeds.
 
-python -m benchmarks.training_methods PARAMS.yaml --json OUT.json [--seeds 3] [-p KEY VALUE …]
+python -m benchmarks.training_methods PARAMS.yaml --json OUT.json [--seeds 3] [--methods LoRA DoRA …] [-p KEY VALUE …]
 
 The same data, base and updates for all; each method changes what METHODS says and nothing else. Results are written
 after every training, and a run that was interrupted goes on.
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("params", type=Path)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"))
     asked = parser.parse_args()
     given = lib_settings.load(asked.params, {key: lib_settings.parse_override(key, text) for key, text in asked.p})
@@ -105,7 +106,7 @@ def main() -> None:
     prepare(given, data)
     found = read_json(asked.json) if asked.json.is_file() else {"base": None, "records": []}
     for seed in range(1, asked.seeds + 1):
-        for name in METHODS:
+        for name in asked.methods:
             if any(record["method"] == name and record["seed"] == seed for record in found["records"]):
                 continue
             found["records"].append(one(name, seed, given, data))
