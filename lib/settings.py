@@ -67,6 +67,12 @@ SAMPLES = {"sample": "classification", "sample-ner": "instruction", "sample-qa":
 """The sample corpora that the workbook makes, and the tasks of their rows."""
 UNTRAINED = "none"
 """The finetuning_type of a run whose base model goes through it as it is."""
+FULL = "full"
+"""The finetuning_type of a run in which every weight of the model is trained."""
+OF_ADAPTERS = ("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio")
+"""Keys that ask for a variant of LoRA."""
+TAKEN_OUT = ("pissa", "olora")
+"""Beginnings of `init_lora_weights` that take a part out of the base's weights and train that."""
 SENTIMENT_PROMPT = "你是情感分析助手。"
 
 
@@ -244,11 +250,20 @@ class Settings(_Keys):
             "answers": self.answer_metric != "none" and not self.generated_rows,
             "untrained_folds": self.folds > 1 and self.finetuning_type == UNTRAINED,
             "untrained_adapter": self.adapter and self.finetuning_type == UNTRAINED,
+            "full_adapter": self.adapter and self.finetuning_type == FULL,
+            "full_4bit": self.load_in_4bit and self.finetuning_type == FULL,
+            "full_variant": self.finetuning_type == FULL and self.variants,
+            "taken_out": self.load_in_4bit and str(self.init_lora_weights).startswith(TAKEN_OUT),
             "thinking": labelled and self.thinking,
             "prompt": not labelled and self.system_prompt == SENTIMENT_PROMPT,
         }
         if first := next((text for name, text in _ERRORS["contradictions"].items() if found[name]), None):
-            values = {"needing": ", ".join(needing), "prompt": SENTIMENT_PROMPT, "sample": SAMPLES.get(self.dataset)}
+            values: dict[str, Any] = {
+                "variants": ", ".join(self.variants),
+                "needing": ", ".join(needing),
+                "prompt": SENTIMENT_PROMPT,
+                "sample": SAMPLES.get(self.dataset),
+            }
             raise ValueError(first.format(own=self, **values))
         for key, default in ({} if part else _OF_ANSWERS if labelled else _OF_LABELS).items():
             if getattr(self, key) != default:
@@ -259,6 +274,11 @@ class Settings(_Keys):
     def training_seed(self) -> int:
         """The seed that training uses: `train_seed` where it is given, else `seed`."""
         return self.seed if self.train_seed < 0 else self.train_seed
+
+    @property
+    def variants(self) -> list[str]:
+        """The keys of `OF_ADAPTERS` that are set."""
+        return [key for key in OF_ADAPTERS if getattr(self, key) != _Keys.model_fields[key].default]
 
     @property
     def size_budget(self) -> str:

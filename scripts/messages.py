@@ -91,11 +91,11 @@ def _of_phone_page() -> Iterator[str]:
 def _of_notebook(path: Path) -> Iterator[tuple[str, str]]:
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type == "markdown":
-            for text in (cell.source, cell.metadata.get("untrained", "")):
+            for text in (cell.source, cell.metadata.get("untrained", ""), cell.metadata.get("full", "")):
                 if text.strip():
                     yield f"notebooks/{path.stem}", text.strip()
         elif not {"parameters", "remove_cell"} & set(cell.metadata.get("tags", [])):
-            for text in (cell.source, cell.metadata.get("untrained", "")):
+            for text in (cell.source, cell.metadata.get("untrained", ""), cell.metadata.get("full", "")):
                 if text.startswith("# "):
                     yield "code", text.splitlines()[0].removeprefix("# ").strip()
 

@@ -100,7 +100,7 @@ def _number(value: float) -> str:
 def _values(entry: dict[str, Any]) -> str:
     """What a key may be, in words."""
     if "one_of" in entry:
-        return ", ".join(f"`{value}`" for value in entry["one_of"])
+        return ", ".join(f"`{'true' if value is True else value}`" for value in entry["one_of"])
     kinds = {bool: "true or false", int: "whole number", float: "number", str: "text", list: "list"}
     words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
     limits = [f"{word} {_number(entry[limit])}" for limit, word in words.items() if limit in entry]

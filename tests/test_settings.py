@@ -89,6 +89,17 @@ TALK = {"task": "dialogue", "dataset": "d.jsonl", "system_prompt": "x"}
         ({"folds": 5, "adapter": "some/adapter"}, ["folds trains a model for each part", "leave adapter out"]),
         ({"warmup_steps": 2.5}, ["warmup_steps", "whole number of updates", "2.5"]),
         ({"lr_scheduler_type": "cosinus"}, ["lr_scheduler_type", "cosinus"]),
+        ({"init_lora_weights": "loftq"}, ["init_lora_weights", "loftq", "pissa"]),
+        ({"init_lora_weights": "olora", "load_in_4bit": True}, ["rounded to 4 bits anew", "init_lora_weights to true"]),
+        (
+            {"finetuning_type": "full", "adapter": "a/b"},
+            ["finetuning_type full trains every weight", "leave adapter out"],
+        ),
+        ({"finetuning_type": "full", "load_in_4bit": True}, ["weights in 4 bits are frozen", "load_in_4bit to false"]),
+        (
+            {"finetuning_type": "full", "use_dora": True, "loraplus_lr_ratio": 2.0},
+            ["use_dora, loraplus_lr_ratio: of an adapter", "finetuning_type to lora"],
+        ),
         ({"folds": 5, "finetuning_type": "none"}, ["folds trains a model for each part", "set folds to 1"]),
         (
             {"adapter": "some/adapter", "finetuning_type": "none"},

@@ -163,7 +163,7 @@ def test_a_trained_run_begins_where_this_one_was(results: dict) -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_pages_say_nothing_of_a_training(path: Path) -> None:
     """What a report executes: no cell that needs an adapter, and no text about one; links and title stay."""
-    whole, reduced = read_notebook(path, untrained=False), read_notebook(path, untrained=True)
+    whole, reduced = read_notebook(path), read_notebook(path, "none")
     text = "\n".join(cell.source for cell in reduced.cells if cell.cell_type == "markdown")
     assert not OF_A_TRAINING.search(text)
     assert reduced.cells[0].source.startswith(whole.cells[0].source.splitlines()[0])

@@ -49,7 +49,7 @@ def _type_words(annotation: Any) -> str:
     """A key's type in words: 'one of …', 'list of text', 'number'."""
     words = {str: "text", int: "whole number", float: "number", bool: "true or false"}
     if typing.get_origin(annotation) is typing.Literal:
-        return "one of " + ", ".join(typing.get_args(annotation))
+        return "one of " + ", ".join(map(str, typing.get_args(annotation))).replace("True", "true")
     if typing.get_origin(annotation) is list:
         return f"list of {words.get(typing.get_args(annotation)[0], 'values')}"
     return words.get(annotation, str(annotation))

@@ -44,7 +44,9 @@ def has_plain_head(model: Any) -> bool:
 
 @torch.no_grad()
 def _is_plain(model: Any) -> bool:
-    half = model.get_input_embeddings().weight.dtype == torch.float16
+    kind = model.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    half = torch.float16 in (cast, model.get_input_embeddings().weight.dtype)
     ids = torch.tensor([[0, 1, 2]], device=model.device) % model.config.vocab_size
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
     hidden = hidden * (_ENLARGED_HALF if half else _ENLARGED)

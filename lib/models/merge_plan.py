@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError, refusal
-from lib.models.adapters import PREFIX, Adapter, AdapterShape, LowRank, read_adapter, shape_of
+from lib.models.adapters import PREFIX, Adapter, AdapterShape, LowRank, folder_kind, read_adapter, shape_of
 from lib.models.configurations import check_language_model, read_configuration
-from lib.models.weights import StoredTensor, Weights, largest_magnitude
+from lib.models.weights import StoredTensor, Weights, largest_magnitude, open_weights
 from lib.runs.files import data_file
 
 _TABLES = data_file("models/merge_plan.yaml")
@@ -57,7 +57,8 @@ class MergePlan:
     Attributes:
         base: its weights; with an output matrix of its own where the adapter unties the model.
         config: config.json of the merged model.
-        adapter: None where the base is taken as it is.
+        adapter: None where the base is taken as it is, or a model in its place.
+        trained: the model that stands in the base's place, every weight of it trained; else None.
         updates: by name of the base's tensor.
     """
 
@@ -65,15 +66,19 @@ class MergePlan:
     config: dict[str, Any]
     adapter: Adapter | None
     updates: dict[str, Update]
+    trained: Weights | None = None
 
 
 def plan_merge(base: Path, folder: Path | None) -> MergePlan:
     """What merging the adapter in `folder` changes in the model folder `base`; without one, nothing.
 
+    A model folder in its place, as `finetuning_type: full` makes it, replaces every weight.
+
     Raises:
         InputError: anything that `RULES` forbids and that headers can show; or a quantized base.
     """
-    adapter = read_adapter(folder) if folder else None
+    whole = folder is not None and folder_kind(folder) == "model"
+    adapter = read_adapter(folder) if folder and not whole else None
     if adapter:
         refuse_unsupported(adapter)
     config = read_configuration(base, "the folder of the whole base model")
@@ -83,10 +88,29 @@ def plan_merge(base: Path, folder: Path | None) -> MergePlan:
     tied = bool(config.get("tie_word_embeddings"))
     if adapter and tied and _unties(adapter):
         weights, config, tied = _with_own_head(weights), config | {"tie_word_embeddings": False}, False
-    updates = _plan_updates(adapter, weights, tied) if adapter else {}
+    trained = open_weights(folder) if whole else None
+    updates = _plan_updates(adapter, weights, tied) if adapter else _in_its_place(weights, trained, tied)
     for tensor in weights.tensors.values():
         tensor.require_floats()
-    return MergePlan(weights, config, adapter, updates)
+    return MergePlan(weights, config, adapter, updates, trained)
+
+
+def _in_its_place(base: Weights, trained: Weights | None, tied: bool) -> dict[str, Update]:
+    """A trained model's tensors in the place of the base's.
+
+    Raises:
+        InputError: it has other tensors than the base, or other shapes.
+    """
+    if trained is None:
+        return {}
+    tensors = dict(trained.tensors)
+    if tied and HEAD in base.tensors:  # a base that stores its shared matrix twice
+        tensors.setdefault(HEAD, tensors[EMBEDDING])
+    if odd := sorted(tensors.keys() ^ base.tensors.keys()):
+        raise refusal("models/other-model", folder=trained.folder, base=base.folder, names=", ".join(odd[:4]))
+    if odd := [name for name, tensor in tensors.items() if tensor.shape != base.tensors[name].shape]:
+        raise refusal("models/other-model", folder=trained.folder, base=base.folder, names=", ".join(odd[:4]))
+    return {name: Update("replace", tensors={"value": tensor}) for name, tensor in tensors.items()}
 
 
 def check_fit(folder: Path, base: Path) -> AdapterShape:

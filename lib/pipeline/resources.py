@@ -19,7 +19,7 @@ from lib.models.offline_base import BaseRecipe, TokenizerRecipe, model_config
 from lib.models.unpack_source import read_source
 from lib.runs import files
 from lib.runs.machine import compute_dtype, has_module, torch_device
-from lib.settings import OFFLINE_BASE, UNTRAINED, Settings
+from lib.settings import FULL, OFFLINE_BASE, UNTRAINED, Settings
 from lib.stages.export.sizes import Shapes, about_gguf, group_size, predict_folder
 
 _SIDE = 1024
@@ -106,6 +106,8 @@ def _written(folder: Path, patience: float) -> float:
 def disk_of(settings: Settings, shapes: Shapes, download: bool) -> dict[str, int]:
     """Bytes of the large products of a run, by product.
 
+    A model whose weights are all trained is kept in float32, beside three checkpoints of it with AdamW's two numbers.
+
     Args:
         download: whether the base model has to be fetched first.
     """
@@ -113,8 +115,10 @@ def disk_of(settings: Settings, shapes: Shapes, download: bool) -> dict[str, int
     ladder = [about_gguf(shapes, name) for name in settings.ladder]
     wide = 2 if settings.merge_dtype == "float32" else 1
     base = predict_folder(shapes, "bf16")
+    weights = sum(map(math.prod, shapes.values()))
     return {
         "base": base if download else 0,
+        **({"adapter": (4 + 3 * 12) * weights * settings.folds} if settings.finetuning_type == FULL else {}),
         "merged": base * wide * settings.folds,
         "gguf": about_gguf(shapes, "F16") * settings.folds,
         "quantized": (sum(ladder) + round(settings.size_budget_mb * 1e6)) * settings.folds,
@@ -128,15 +132,15 @@ def seconds_of(
     """Roughly the seconds of a run's long steps on this machine.
 
     A pass over a token costs 2 operations a weight; a training step 4 (LoRA needs no gradients of the base's weights),
-    and 2 more with gradient checkpointing (Kaplan et al. 2020, §2.1). Base and adapter score the test rows in 03, every
-    file and export in 07.
+    2 more where every weight is trained, and 2 more with gradient checkpointing (Kaplan et al. 2020, §2.1). Base and
+    fine-tuned model score the test rows in 03, every file and export in 07.
 
     Args:
         rows: by split, of one fold.
         tokens: of a row, on average; 0 = not known: as many as `max_seq_length` allows.
     """
     tokens, rate = tokens or settings.max_seq_length, speed.flops * REACHED / settings.folds
-    passes = 6 if settings.gradient_checkpointing else 4
+    passes = (6 if settings.gradient_checkpointing else 4) + 2 * (settings.finetuning_type == FULL)
     passes = 0 if settings.finetuning_type == UNTRAINED else passes
     models = 4 + len(settings.ladder) + len(settings.export_formats)
     return {

@@ -20,7 +20,7 @@ from lib.runs.files import data_file, object_or_empty, write_text
 from lib.runs.manifest import NOTEBOOK_OF, Entry
 from lib.runs.run import Run, open_run
 from lib.select.choice import outdated, read_analysis
-from lib.settings import Settings
+from lib.settings import FULL, UNTRAINED, Settings
 from lib.stages.compare.recommend import reworded
 from lib.stages.evaluate.results import ALL, LEAK_FREE, told_apart
 from lib.stages.finetune.stage import PRETRAINING
@@ -190,12 +190,13 @@ class Stage:
     exists: bool = False
 
 
-UNTRAINED_CELL = "untrained"
-"""Metadata of a cell that speaks of a training: what stands in its place where nothing is trained; "" for nothing."""
+INSTEAD = {UNTRAINED: "untrained", FULL: "full"}
+"""Metadata of a cell that speaks of a training, or of an adapter: what stands in its place where nothing is trained, or
+every weight is; "" for nothing."""
 
 
-def read_notebook(notebook: Path, untrained: bool) -> NotebookNode:
-    """A notebook as a report executes it: for a run that trains nothing without the cells that speak of a training.
+def read_notebook(notebook: Path, finetuning_type: str = "lora") -> NotebookNode:
+    """A notebook as a report executes it: without the cells that speak of what a run of this type has not.
 
     Raises:
         InputError: the file is no notebook.
@@ -205,27 +206,28 @@ def read_notebook(notebook: Path, untrained: bool) -> NotebookNode:
     kinds = (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, KeyError)
     with refusing(kinds, "report/damaged-notebook", notebook=notebook):
         content = nbformat.read(notebook, as_version=4)
-        for cell in content.cells if untrained else ():
-            cell.source = cell.metadata.get(UNTRAINED_CELL, cell.source)
-        content.cells = [cell for cell in content.cells if cell.source or not untrained]
+        key = INSTEAD.get(finetuning_type)
+        for cell in content.cells if key else ():
+            cell.source = cell.metadata.get(key, cell.source)
+        content.cells = [cell for cell in content.cells if cell.source or not key]
     return content
 
 
-def write_reduced(notebook: Path, path: Path) -> Path:
-    """Write a notebook without the cells that speak of a training."""
+def write_reduced(notebook: Path, path: Path, finetuning_type: str) -> Path:
+    """Write a notebook as `read_notebook` reads it."""
     import nbformat
 
-    write_text(path, nbformat.writes(read_notebook(notebook, untrained=True)))
+    write_text(path, nbformat.writes(read_notebook(notebook, finetuning_type)))
     return path
 
 
-def read_stage(notebook: Path, untrained: bool = False) -> Stage:
+def read_stage(notebook: Path, finetuning_type: str = "lora") -> Stage:
     """Title and question from the notebook's first Markdown cell.
 
     Raises:
         InputError: the file is no notebook.
     """
-    content = read_notebook(notebook, untrained)
+    content = read_notebook(notebook, finetuning_type)
     first = next((c.source for c in content.cells if c.cell_type == "markdown"), "")
     first = translated(first.strip(), f"notebooks/{notebook.stem}")
     title, question = (re.sub(r"[*`]", "", found[1]) if (found := p.search(first)) else "" for p in (_TITLE, _QUESTION))

@@ -29,8 +29,9 @@ from lib.runs.locks import locked
 from lib.runs.manifest import NOTEBOOK_OF
 from lib.runs.run import Run, open_run
 from lib.scoring.word_lists import SHIPPED_PROMPTS, SHIPPED_TERMS, prompt_set, read_prompts, read_terms
-from lib.settings import OFFLINE_BASE, SAMPLES, UNTRAINED, Settings
+from lib.settings import OFFLINE_BASE, SAMPLES, Settings
 from lib.stages.finetune.stage import made_with
+from lib.stages.finetune.tracking import refuse_absent
 
 # Around a report: alone in its folder, progress on the terminal.
 
@@ -106,12 +107,12 @@ class _Session:
     """One call of `run_report`: what is fixed while it lasts (titles are read once, before anything runs)."""
 
     def __init__(self, settings: Settings, notebooks: list[Path], last: Path, timeout: float, say: Say) -> None:
-        self.run, self.untrained = open_run(settings.run_name), settings.finetuning_type == UNTRAINED
+        self.run, self.finetuning_type = open_run(settings.run_name), settings.finetuning_type
         self.full = settings.detail == "full"
         self.notebooks, self.last, self.timeout = notebooks, last, timeout
         self.say, self.detail = say, lambda line: say(f"{DETAIL}{line}")
         self.folder = files.reports_folder() / self.run.name
-        self.titles = [index.read_stage(notebook, self.untrained) for notebook in notebooks]
+        self.titles = [index.read_stage(notebook, self.finetuning_type) for notebook in notebooks]
 
     def page(self, notebook: Path) -> Path:
         """Where the page of a notebook is published, its executed copy beside it."""
@@ -166,7 +167,8 @@ def ready(settings: Settings) -> Settings:
     """Settings whose paths are absolute where notebooks, which run in the project's root, would find another file.
 
     Raises:
-        InputError: a list or a matrix that cannot be read: refused before hours of training go by.
+        InputError: a list or a matrix that cannot be read, a tracker that is not installed: refused before hours of
+            training go by.
     """
     from lib.stages.quantize.calibration import matrix_file
 
@@ -177,6 +179,7 @@ def ready(settings: Settings) -> Settings:
         return str(found) if text[0] == "~" or (found.exists() and found != (files.PROJECT / text).resolve()) else text
 
     matrix_file(settings)
+    refuse_absent(settings.report_to)
     if settings.task != "classification":
         read_terms(settings.terms)
         read_prompts(prompt_set(settings))
@@ -349,7 +352,9 @@ def _stage(session: _Session, notebook: Path, parameters: dict[str, Any]) -> Non
         try:
             if name == NOTEBOOK_OF["adapter"] and session.last.stem >= NOTEBOOK_OF["gguf"]:
                 _refuse_unconvertible(session.run, name)
-            source = index.write_reduced(notebook, work / "source.ipynb") if session.untrained else notebook
+            kind, source = session.finetuning_type, notebook
+            if kind in index.INSTEAD:
+                source = index.write_reduced(notebook, work / "source.ipynb", kind)
             ended = execute.execute(source, executed, parameters, work, session.timeout, session.detail)
             if failure := execute.judge(executed, ended, session.timeout) or _without_product(session, name):
                 raise ReportError(name, _refused(failure, work) or failure)

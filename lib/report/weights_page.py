@@ -48,6 +48,8 @@ def proved(result: MergeResult) -> str:
     """What was recomputed and found right, and how much of the adapter's change rounding leaves, where there is one."""
     if not result.trained:
         return in_markdown("merge.passed_on", found=result.proof)
+    if result.whole:
+        return in_markdown("merge.taken_over", found=result.proof)
     return sentences((proof(result.proof), survival(result.proof)))
 
 
@@ -132,12 +134,16 @@ def survival(found: MergeProof) -> str:
     return in_markdown("merge.survival", found=found)
 
 
-def costs(check: MergeCheck, trained: bool = True) -> list[Row]:
-    """What each number format costs, beside the adapter's effect where there is one."""
+def costs(check: MergeCheck, trained: bool = True, whole: bool = False) -> list[Row]:
+    """What each number format costs, beside the effect of the training where there was one.
+
+    Args:
+        whole: every weight was trained, there is no adapter.
+    """
     if not trained:
         return rows_of("merge.base_costs", check.costs)
     effect = {
-        "number_format": sentence("merge.base_alone"),
+        "number_format": sentence("merge.base_alone", whole=whole),
         "kld": check.effect_kld,
         "share_of_effect": 1.0 if check.effect_kld else None,
         "same_top_token": check.effect_agreement,
@@ -145,14 +151,17 @@ def costs(check: MergeCheck, trained: bool = True) -> list[Row]:
     return [*rows_of("merge.costs", check.costs, check=check), effect]
 
 
-def merge_reading(check: MergeCheck, trained: bool = True) -> str:
-    """What rounding costs, what would be refused, and whether another format would be far better."""
+def merge_reading(check: MergeCheck, trained: bool = True, whole: bool = False) -> str:
+    """What rounding costs, what would be refused, and whether another format would be far better; `whole`: as in
+    `costs`."""
     if not trained:
         return in_markdown("merge.base_reading", check=check)
     others = [cost for cost in check.costs if not cost.written and _BYTES[cost.dtype] <= _BYTES[check.dtype]]
     best: FormatCost | None = min(others, key=lambda cost: cost.mean_kld, default=None)
     if best is None:
-        return in_markdown("merge.reading", check=check, best=None, same_bytes=False, ratio=None, far=False)
+        return in_markdown(
+            "merge.reading", check=check, best=None, same_bytes=False, ratio=None, far=False, whole=whole
+        )
     small, large = sorted((best.mean_kld, check.mean_kld))
     return in_markdown(
         "merge.reading",
@@ -161,6 +170,7 @@ def merge_reading(check: MergeCheck, trained: bool = True) -> str:
         same_bytes=_BYTES[best.dtype] == _BYTES[check.dtype],
         ratio=large / small if small else None,
         far=check.mean_kld >= FAR_BETTER * best.mean_kld and check.mean_kld >= WORTH_SAVING * check.effect_kld,
+        whole=whole,
     )
 
 

@@ -24,7 +24,7 @@ from lib.runs.files import flush_to_disk, read_json, write_json
 from lib.runs.locks import locked
 from lib.runs.machine import peak_memory
 from lib.runs.manifest import NOTE, NOTEBOOK_OF, Entry, Manifest, damage
-from lib.settings import UNTRAINED
+from lib.settings import FULL, UNTRAINED
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,14 @@ class Run:
         adapter = self.manifest.entries().get("adapter")
         return adapter is not None and adapter.facts.get("method") == UNTRAINED
 
+    @property
+    def whole(self) -> bool:
+        """Whether every weight was trained: the product `adapter` is then a model folder."""
+        adapter = self.manifest.entries().get("adapter")
+        return adapter is not None and adapter.facts.get("method") == FULL
+
     def adapter(self) -> Product:
-        """The adapter of the run.
+        """The adapter of the run, or the model that stands in its place (`whole`).
 
         Raises:
             InputError: it has none, because nothing was trained; or as `require`.

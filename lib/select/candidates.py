@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -145,6 +146,10 @@ def read_candidate(run: Run) -> Candidate:
     )
 
 
+_WEIGHTS = re.compile(r"(adapter_)?model[^/]*\.safetensors")
+"""Files of an adapter's weights, or of those of a model whose weights were all trained."""
+
+
 def _facts(run: Run, data: Product, adapter: Product, evaluation: Product) -> dict[str, Any]:
     training, entry = read_json(adapter.path / "training.json"), adapter.entry
     adopted = "adopted" in entry.facts
@@ -162,8 +167,8 @@ def _facts(run: Run, data: Product, adapter: Product, evaluation: Product) -> di
         "tokens_per_second": training.get("throughput") or None,
         "resumed": done is not None,
         "train_device": entry.device,
-        "adapter_bytes": entry.outputs["adapter_model.safetensors"]["bytes"],
-        "weights": training["total"] - training["trainable"],
+        "adapter_bytes": sum(o["bytes"] for name, o in entry.outputs.items() if _WEIGHTS.fullmatch(name)),
+        "weights": training["total"] - (0 if run.whole else training["trainable"]),
         "file": _file(run),
         "base": data.entry.facts.get("base_model"),
         "prompt_hash": data.entry.facts.get("prompt_hash"),

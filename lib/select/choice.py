@@ -223,6 +223,8 @@ def best_of(adapter: str, run: Run) -> Best:
         raise refusal("select/own-candidate", adapter=adapter, run=run)
     analysis = select(names)
     chosen = open_run(analysis["chosen"]["run"])
+    if chosen.whole:
+        raise refusal("select/no-adapter", chosen=chosen, names=", ".join(names))
     product, own, other = chosen.require("adapter"), run.require("data"), chosen.require("data")
     for key, words in (("prompt_hash", "prompt"), ("base_revision", "base model")):
         if own.entry.facts.get(key) != other.entry.facts.get(key):

@@ -215,7 +215,8 @@ def steps_of(
             entries = run.manifest.entries()
             method, dtype = entries["adapter"].facts.get("method", "LoRA"), entries["evaluation"].facts.get("dtype")
             computed = f" ({dtype})" if dtype else ""
-            steps.insert(0, (f"adapter ({method}), transformers{computed}", adapter))
+            words = "trained model (full)" if run.whole else f"adapter ({method})"
+            steps.insert(0, (f"{words}, transformers{computed}", adapter))
         else:
             note = "03 scored other rows, so the adapter is left out."
     conditions = content["conditions"]

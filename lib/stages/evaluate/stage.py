@@ -16,6 +16,7 @@ from lib.scoring.backend import Keep, found_done
 from lib.scoring.generation import Asked, Questions, Sampling, end_ids, with_likeness, write_all
 from lib.scoring.log_probabilities import score_rows
 from lib.scoring.word_lists import prompt_set, read_prompts
+from lib.settings import FULL
 from lib.stages.evaluate import results
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Candidate:
     Attributes:
         name: `BASE` or `FINETUNED`.
         base: the base model.
-        adapter: the product of the adapter; None for the base alone.
+        adapter: the product of the adapter, or of the model where every weight was trained; None for the base alone.
         dtype: in which it computes.
     """
 
@@ -53,10 +54,17 @@ class Candidate:
         """Whether the base is held in 4 bits, as it was while the adapter was trained."""
         return self.adapter is not None and self.adapter.entry.facts.get("method") == "QLoRA"
 
+    @property
+    def whole(self) -> bool:
+        """Whether the product is the model itself."""
+        return self.adapter is not None and self.adapter.entry.facts.get("method") == FULL
+
     def title(self, alone: str) -> str:
         """What it is, exactly; `alone` stands behind the id of the base alone."""
         if self.adapter is None:
             return f"{self.base.id}{alone} ({self.dtype})"
+        if self.whole:
+            return f"{self.base.id}, every weight trained ({self.dtype})"
         return f"{self.base.id} with the adapter ({'NF4 base, ' if self.in_4bit else ''}{self.dtype})"
 
     def keep(self, folder: Path) -> Keep:
@@ -69,8 +77,9 @@ class Candidate:
         """The loaded model."""
         from lib.scoring.torch_backend import TransformersBackend
 
-        adapter = self.adapter.path if self.adapter else None
-        model = load_model(self.base.path, dtype=self.dtype, load_in_4bit=self.in_4bit, adapter=adapter)
+        adapter = self.adapter.path if self.adapter and not self.whole else None
+        folder = self.adapter.path if self.adapter and self.whole else self.base.path
+        model = load_model(folder, dtype=self.dtype, load_in_4bit=self.in_4bit, adapter=adapter)
         return TransformersBackend(model, batch_size, self.words)
 
 

@@ -14,7 +14,7 @@ from lib.models.head import has_plain_head, output_head
 from lib.prompts.conversations import Encoded
 from lib.stages.finetune import batches
 from lib.stages.finetune.batches import Collate, Collator, PackedCollator
-from lib.stages.finetune.memory import HEAD_ROWS
+from lib.stages.finetune.memory import HEAD_ROWS, causal_model
 
 # Cross-entropy at the answer tokens only, without ever making the logits of the other positions.
 #
@@ -22,9 +22,17 @@ from lib.stages.finetune.memory import HEAD_ROWS
 # the same loss and gradients as `model(labels=…)` and saves the [rows, length, vocabulary] tensor (PERFORMANCE §5.1).
 
 
-def causal_model(model: Any) -> Any:
-    """The transformers model inside a PeftModel (LoRA layers stay in place), or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def train_whole(model: Any, dtype: str) -> Any:
+    """Make every weight of a float32 model trained, with products in `dtype`; small steps are lost in 16 bits."""
+    model.requires_grad_(True)
+    model.computes_in = getattr(torch, dtype)
+    return model
+
+
+def arithmetic(model: Any) -> torch.dtype:
+    """The number format of a model's products: that of its weights, unless `train_whole` has set another."""
+    inner = causal_model(model)
+    return getattr(inner, "computes_in", inner.get_input_embeddings().weight.dtype)
 
 
 def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -94,7 +102,7 @@ class _FrozenHead(torch.autograd.Function):
 
 def autocast(model: Any) -> contextlib.AbstractContextManager:
     """Products in 16 bits where the base has them (the adapter's float32 weights are rounded for the product)."""
-    dtype = model.get_input_embeddings().weight.dtype
+    dtype = arithmetic(model)
     low = dtype in (torch.bfloat16, torch.float16)
     return torch.autocast(model.device.type, dtype) if low else contextlib.nullcontext()
 
@@ -114,7 +122,7 @@ is a quarter of a nat (0.5 %, set on random weights, left the packed layout out 
 sizes are no yardstick for that: they give equal bits. A leak between rows is found by `LEAK`, exact in every format."""
 
 
-def choose_layout(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[Collate, str]:
+def choose_layout(model: Any, rows: Sequence[Encoded], pad_id: int, problem: str | None = None) -> tuple[Collate, str]:
     """The collator for these rows, and in words what it does (and why, where it could not be the packed one).
 
     The packed layout is taken where the configuration allows it and it proves right on the shortest and the longest
@@ -122,13 +130,15 @@ def choose_layout(model: Any, rows: Sequence[Encoded], pad_id: int) -> tuple[Col
 
     Args:
         rows: of training and validation together: the prefix is what all of them have in common.
+        problem: why this training needs padded rows, whatever the model allows.
     """
     padded = Collator(pad_id)
     sample = [min(rows, key=len), max(rows, key=len)]
     inner = causal_model(model)
     with _evaluating(model):
         with autocast(inner):
-            problem = None if has_plain_head(inner) else "the model scales or caps its logits"
+            plain = has_plain_head(inner)
+        problem = problem or (None if plain else "the model scales or caps its logits")
         problem = problem or batches.unpackable(inner, len(sample[1]))
         if problem is None:
             packed = PackedCollator(pad_id, batches.shared_prefix(rows))
@@ -201,5 +211,5 @@ def _mean_loss(model: Any, batch: dict[str, torch.Tensor]) -> float:
 
 
 def _close(model: Any, found: float, expected: float) -> bool:
-    low = causal_model(model).get_input_embeddings().weight.dtype != torch.float32
+    low = arithmetic(model) != torch.float32
     return abs(found - expected) <= (CLOSE_LOW if low else CLOSE) * (1 + abs(expected))

@@ -42,7 +42,7 @@ def train_in_processes(inputs: TrainingInputs) -> dict[str, Any]:
     """
     import torch
 
-    from lib.stages.finetune.trainer import stop_by_signal
+    from lib.stages.finetune.watch import stop_by_signal
 
     size = inputs.settings.num_processes
     _require_devices(size)

@@ -25,11 +25,11 @@ from lib.prompts.tasks import Task, read_task
 from lib.runs import machine
 from lib.runs.files import data_file, read_json, read_jsonl, require_space, write_json, write_jsonl
 from lib.runs.machine import device_peak, no_warnings, peak_memory, quiet
-from lib.stages.finetune import checkpoints, memory
+from lib.settings import FULL, OF_ADAPTERS, Settings, yaml_value
+from lib.stages.finetune import checkpoints, memory, tracking
 from lib.stages.finetune.memory import with_adapter
 
 if TYPE_CHECKING:
-    from lib.settings import Settings
     from lib.stages.finetune.batches import Collate
 
 
@@ -44,6 +44,7 @@ class TrainingInputs:
         folder: where checkpoints, history and log go.
         redraw: called when there are new losses in the file `checkpoints.LIVE`.
         stop_file: who wants the training to stop makes it; None where a signal alone stops it.
+        tracking: folder of the files of the tracker that `report_to` names.
     """
 
     settings: Settings
@@ -52,6 +53,7 @@ class TrainingInputs:
     folder: Path
     redraw: Callable[[], None] | None = None
     stop_file: Path | None = None
+    tracking: Path = Path(tracking.FOLDER)
 
 
 def train(inputs: TrainingInputs) -> dict[str, Any]:
@@ -73,22 +75,23 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     with base_fits():
         model = _new_model(inputs.base, settings, dtype)
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    collate, layout = choose_layout(model, [*train, *validation], filler or 0)
+    noise = data_file("stages/finetune/notes.yaml")["noise"] if settings.neftune_noise_alpha else None
+    collate, layout = choose_layout(model, [*train, *validation], filler or 0, noise)
     if dtype == "float16":
         refuse_overflow(model, collate(train[:1]))
     plan = _plan(model, settings, train + validation, getattr(collate, "prefix", 0))
     require_space(inputs.folder, 5 * 12 * plan["trainable"] + (32 << 20), "checkpoints and the adapter")
-    with peak_memory() as peak, device_peak() as on_gpu:  # of the training alone: making the offline base needs more
+    reported = tracking.reporting(settings.report_to, inputs.tracking)
+    # measured is the training alone: making the offline base needs more
+    with reported, peak_memory() as peak, device_peak() as on_gpu:
         trainer, outcome = _run_trainer(inputs, model, train, validation, collate, layout)
     from lib.stages.finetune.trainer import from_every_process
 
     largest = from_every_process(on_gpu.bytes).max().item()
     if not trainer.args.should_save:
         return {}
-    layers = sum(1 for name, _ in model.named_modules() if name.endswith("lora_A"))
-    method = f"{'QLoRA (NF4)' if settings.load_in_4bit else 'LoRA'} r={settings.lora_r}, alpha={settings.lora_alpha}"
     return {
-        "method": f"{method} on {layers} linear layers",
+        "method": _method(model, settings),
         **plan,
         **outcome,
         "layout": layout,
@@ -102,6 +105,22 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     }
 
 
+VARIANTS = (*OF_ADAPTERS, "neftune_noise_alpha")
+"""Settings that are named beside the method where they are not the default."""
+
+
+def _method(model: Any, settings: Settings) -> str:
+    """How it was trained, in words."""
+    usual = Settings()
+    own = {key: value for key, value in settings.pick(*VARIANTS).items() if value != getattr(usual, key)}
+    more = f" ({', '.join(f'{key}: {yaml_value(value)}' for key, value in own.items())})" if own else ""
+    if settings.finetuning_type == FULL:
+        return f"{FULL}{more}"
+    layers = sum(1 for name, _ in model.named_modules() if name.endswith("lora_A"))
+    kind = "QLoRA (NF4)" if settings.load_in_4bit else "LoRA"
+    return f"{kind} r={settings.lora_r}, alpha={settings.lora_alpha} on {layers} linear layers{more}"
+
+
 def _rows(data: Path, task: Task, tokenizer: Any, name: str) -> list[Encoded]:
     what = {"train": "training"}.get(name, name)
     rows = track(read_jsonl(data / f"{name}.jsonl"), f"tokenizing {what} rows")
@@ -112,13 +131,16 @@ def _rows(data: Path, task: Task, tokenizer: Any, name: str) -> list[Encoded]:
 
 
 def _new_model(base: Base, settings: Settings, dtype: str) -> Any:
-    """The frozen base with a fresh adapter (float32), from the run's seed."""
+    """The frozen base with a fresh adapter (float32), from the run's seed; or the base in float32, to be trained."""
     from transformers import set_seed
 
-    model = load_model(base.path, dtype=dtype, load_in_4bit=settings.load_in_4bit)
+    from lib.stages.finetune.layout import train_whole
+
+    whole = settings.finetuning_type == FULL
+    model = load_model(base.path, dtype="float32" if whole else dtype, load_in_4bit=settings.load_in_4bit)
     model.config.use_cache = False
     set_seed(settings.training_seed)
-    return with_adapter(model, settings)
+    return train_whole(model, dtype) if whole else with_adapter(model, settings)
 
 
 def _plan(model: Any, settings: Settings, rows: list[Encoded], prefix: int) -> dict[str, Any]:
@@ -140,7 +162,7 @@ def _plan(model: Any, settings: Settings, rows: list[Encoded], prefix: int) -> d
     memory.refuse_impossible(need * processes, total, advice)
     sizes = memory.weights_of(model)
     return {
-        "trainable": sizes[-1],
+        "trainable": sizes[-1] or sum(sizes),
         "total": sum(sizes),
         "estimate": {**estimate, "total": need},
         "memory": {"available": free, "total": total},
@@ -153,6 +175,7 @@ def _run_trainer(
 ) -> tuple[Any, dict[str, Any]]:
     """Run the Trainer to its end, from the newest verified checkpoint if there is one; what came of it."""
     from lib.stages.finetune import trainer as trainers
+    from lib.stages.finetune.watch import Watch, stop_by_signal
 
     settings, folder = inputs.settings, inputs.folder / "checkpoints"
     shutil.rmtree(folder / checkpoints.STAGED, ignore_errors=True)
@@ -162,18 +185,22 @@ def _run_trainer(
     if trainers.warm_up(steps, settings) > steps:
         raise refusal("finetune/long-warm-up", settings=settings, steps=steps)
     arguments = trainers.training_arguments(folder, steps, settings)
-    trainer = trainers.AnswerTrainer(model, arguments, train, validation, collate)
+    trainer = trainers.AnswerTrainer(model, arguments, train, validation, collate, settings.loraplus_lr_ratio)
     good, messages = checkpoints.find(folder)
+    if good and not trainer.goes_on_from(good[-1].path):
+        messages.append(data_file("stages/finetune/notes.yaml")["other-pair"])
+        shutil.rmtree(folder)
+        good = []
     start = good[-1] if good else None
     began = time.monotonic()
     with no_warnings(), Progress("fine-tuning (updates)", steps) as progress:
-        watch = trainers.Watch(trainer, inputs.folder, progress, inputs.redraw, inputs.stop_file)
+        watch = Watch(trainer, inputs.folder, progress, inputs.redraw, inputs.stop_file)
         trainer.add_callback(watch)
         for message in messages:
             watch.write(f"{message}: passed over")
         watch.write(f"micro-batches {layout}")
         watch.write(f"continuing from step {start.step} of {steps}" if start else f"starting; {steps} updates")
-        with trainers.stop_by_signal(watch.stop), full_memory():
+        with stop_by_signal(watch.stop), full_memory():
             if start and start.eval_loss is None and (start.step % settings.save_steps == 0 or start.step == steps):
                 start = trainer.evaluate_checkpoint(start)
             watch.start = start

@@ -1,10 +1,12 @@
-"""Notebook 02: the product `adapter`, a LoRA or QLoRA trained on the run's base model, or one that is adopted."""
+"""Notebook 02: the product `adapter`, a LoRA or QLoRA trained on the run's base model, or one that is adopted; the
+trained model itself where every weight is trained."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,6 +18,7 @@ from lib.errors import refusal
 from lib.models import base_model
 from lib.models.adapters import adapter_config, copy_weights, read_adapter
 from lib.models.base_model import Base, GivenAdapter
+from lib.models.configurations import read_configuration
 from lib.models.merge_plan import check_fit
 from lib.models.tokenizer_files import differences
 from lib.models.weights import TORCH, open_weights
@@ -25,8 +28,8 @@ from lib.runs.machine import quiet, read_samples, resources_recorded, summary
 from lib.runs.render import render
 from lib.runs.run import Product, ProductDraft, Run
 from lib.select.choice import BEST_OF, Best, best_of, write_analysis
-from lib.settings import UNTRAINED, Settings
-from lib.stages.finetune import checkpoints
+from lib.settings import FULL, UNTRAINED, Settings
+from lib.stages.finetune import checkpoints, tracking
 from lib.stages.finetune.processes import made_once, train_in_processes
 from lib.stages.finetune.session import TrainingInputs, train, until_it_fits
 
@@ -43,10 +46,28 @@ PARAMETERS = (
 )
 """Settings that a trained adapter depends on (those of the data come in through the data product)."""
 
+_OF_LORA = ("load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "target_modules")
+"""Those of them that mean nothing where every weight is trained."""
+
+UNNAMED = (
+    *("adapter", "finetuning_type", "weight_decay", "max_grad_norm", "neftune_noise_alpha"),
+    *("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio"),
+)
+"""The others, which a product names only where they are not the default: older products know nothing of them."""
+
 
 def made_with(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a product `adapter`, with those that it does not name because they were the default."""
-    return Settings().pick("adapter", "finetuning_type") | parameters
+    return Settings().pick(*UNNAMED) | parameters
+
+
+def _parameters(settings: Settings) -> dict[str, Any]:
+    """What the product of a training names."""
+    usual = Settings()
+    others = {key: value for key, value in settings.pick(*UNNAMED).items() if value != getattr(usual, key)}
+    idle = _OF_LORA if settings.finetuning_type == FULL else ()
+    named = {key: value for key, value in settings.pick(*PARAMETERS).items() if key not in idle}
+    return named | others | {"seed": settings.training_seed}
 
 
 @dataclass(frozen=True)
@@ -56,8 +77,9 @@ class FinetuneResult:
     Where nothing was trained, everything that only a training has is zero or empty.
 
     Attributes:
-        product: the folder with adapter_model.safetensors (the chosen checkpoint), history.jsonl, training.log.
-        method: in words, e.g. "LoRA r=8, alpha=16 on 14 linear layers".
+        product: the folder with adapter_model.safetensors (the chosen checkpoint), history.jsonl, training.log; with
+            model.safetensors where every weight was trained.
+        method: in words, e.g. "LoRA r=8, alpha=16 on 14 linear layers"; "full", "none".
         trainable, total: number of trained weights, and of all weights.
         history: rows {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second"} and
             {"step", "epoch", "eval_loss"}; losses in nats an answer token.
@@ -111,6 +133,11 @@ class FinetuneResult:
         return self.method == UNTRAINED
 
     @property
+    def whole(self) -> bool:
+        """Whether every weight was trained: the product is a model folder."""
+        return self.product.entry.facts.get("method") == FULL
+
+    @property
     def trainable_share(self) -> float:
         """Trained share of all weights."""
         return self.trainable / self.total
@@ -132,7 +159,8 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses | None = None) -> Fi
     """Train the adapter, or find it unchanged; an interrupted training continues from its newest whole checkpoint.
 
     With the setting `adapter` nothing is trained: that adapter is checked against the base model and adopted. With
-    `finetuning_type: none` there is none: the product says so, and later stages take the base model.
+    `finetuning_type: none` there is none: the product says so, and later stages take the base model. With
+    `finetuning_type: full` every weight is trained, and the product is the model.
 
     Args:
         draw: draws the losses while they come; None = nobody does.
@@ -142,6 +170,7 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses | None = None) -> Fi
     """
     if settings.adapter:
         return FinetuneResult.read(adopt(settings, run))
+    tracking.refuse_absent(settings.report_to)
     if settings.finetuning_type == UNTRAINED:
         return FinetuneResult.read(_leave_untrained(run, settings.force))
 
@@ -149,7 +178,7 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses | None = None) -> Fi
         return run.produce(
             "adapter",
             lambda draft: _train(settings, run, draft, draw),
-            parameters=settings.pick(*PARAMETERS) | {"seed": settings.training_seed},
+            parameters=_parameters(settings),
             inputs=("data",),
             force=settings.force,
             keep_partial=True,
@@ -175,7 +204,14 @@ def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses |
         draw(draft.folder / checkpoints.LIVE) if draw else contextlib.nullcontext() as plot,
         resources_recorded(draft.folder / RESOURCES, gpus=settings.num_processes),
     ):
-        inputs = TrainingInputs(settings, run.require("data").path, base, draft.folder, plot and plot.update)
+        inputs = TrainingInputs(
+            settings,
+            run.require("data").path,
+            base,
+            draft.folder,
+            plot and plot.update,
+            tracking=run.folder / tracking.FOLDER,
+        )
         facts, notes = until_it_fits(inputs, train if settings.num_processes == 1 else train_in_processes)
     draft.notes += notes
     draft.device = facts.pop("device")
@@ -183,12 +219,18 @@ def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses |
     chosen = draft.folder / "checkpoints" / f"checkpoint-{facts['chosen_step']}"
     loss = read_json(chosen / checkpoints.RECORD)["eval_loss"]
     named = json.dumps(base.id, ensure_ascii=False)
-    card = render(Path(__file__).with_name("trained.md.j2"), base=base, base_json=named, facts=facts, loss=loss)
-    _write_adapter(chosen, draft, base, facts, card)
-    if _is_zero(draft.folder / "adapter_model.safetensors"):
-        draft.notes.append("the adapter is zero: the training changed nothing, and the model is the base model")
+    told = {"base": base, "base_json": named, "facts": facts, "loss": loss}
+    card = render(Path(__file__).with_name("trained.md.j2"), whole=settings.finetuning_type == FULL, **told)
+    if settings.finetuning_type == FULL:
+        _write_model(chosen, draft, base)
+        _write_facts(draft, base, facts, card)
+    else:
+        _write_adapter(chosen, draft, base, facts, card)
+        if _is_zero(draft.folder / "adapter_model.safetensors"):
+            draft.notes.append("the adapter is zero: the training changed nothing, and the model is the base model")
     kept = ("chosen_step", "steps", "trainable", "total", "dtype", "resumed_from", "micro_batch")
-    draft.facts |= {"method": "QLoRA" if settings.load_in_4bit else "LoRA", **{key: facts[key] for key in kept}}
+    method = FULL if settings.finetuning_type == FULL else "QLoRA" if settings.load_in_4bit else "LoRA"
+    draft.facts |= {"method": method, **{key: facts[key] for key in kept}}
     draft.facts["resources"] = summary(read_samples(draft.folder / RESOURCES))
     draft.metrics |= {"eval_loss": loss, "tokens_per_second": facts["throughput"]}
 
@@ -198,6 +240,14 @@ def _write_adapter(source: Path, draft: ProductDraft, base: Base, facts: dict[st
     copy_weights(read_adapter(source), draft.folder / "adapter_model.safetensors")
     write_config(draft.folder, adapter_config(source), base)
     _write_facts(draft, base, facts, card)
+
+
+def _write_model(source: Path, draft: ProductDraft, base: Base) -> None:
+    """The trained weights, float32, with the base's configuration: its names, and nothing that training needed."""
+    for path in sorted([*source.glob("model*.safetensors"), *source.glob("model*.json")]):
+        shutil.copyfile(path, draft.folder / path.name)
+    config = {key: value for key, value in read_configuration(base.path).items() if key != "torch_dtype"}
+    write_json(draft.folder / "config.json", {**config, "dtype": "float32"})
 
 
 def _write_facts(draft: ProductDraft, base: Base, facts: dict[str, Any], card: str) -> None:

@@ -1,4 +1,4 @@
-"""The Trainer of transformers with this project's loss, row order, validation and checkpoints; and what watches it.
+"""The Trainer of transformers with this project's loss, row order, validation and checkpoints.
 
 Several processes (`processes.train_in_processes`) train one adapter together: each takes its share of every update's
 rows, DistributedDataParallel sums the gradients, and every loss term is divided by the loss tokens of the whole
@@ -7,12 +7,9 @@ update. So the update is that of one process with the same rows.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,20 +17,21 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
+from peft.optimizers import create_loraplus_optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
-from lib.errors import Terminated, on_signals, refusal
-from lib.progress import Progress
+from lib.errors import refusal
 from lib.prompts.conversations import Encoded
 from lib.runs.files import data_file, writing
 from lib.runs.machine import torch_device
 from lib.settings import Settings
 from lib.stages.finetune import checkpoints
 from lib.stages.finetune.batches import Collate, GroupedOrder, MicroBatches
-from lib.stages.finetune.layout import answer_loss
+from lib.stages.finetune.layout import answer_loss, arithmetic
+from lib.stages.finetune.taken_out import TakenOut
 
 _SCALER: dict[str, Any] = {"init_scale": 2.0**12, "growth_interval": 100}
 """The loss scale of float16 begins below torch's (2¹⁶, 2000), so that a short training loses no updates to finding it;
@@ -57,10 +55,11 @@ class AnswerTrainer(Trainer):
     """Trains on the answer tokens of `train` and measures the same loss on `validation`.
 
     Args:
-        model: a PeftModel.
+        model: a PeftModel, or a model whose weights are all trained.
         arguments: from `training_arguments`.
         train, validation: encoded rows.
         collate: makes a batch of rows, padded or packed (`lib.stages.finetune.layout`).
+        loraplus_lr_ratio: how many times as fast B learns as A (LoRA+); 0 = they learn alike.
     """
 
     def __init__(
@@ -70,19 +69,21 @@ class AnswerTrainer(Trainer):
         train: list[Encoded],
         validation: list[Encoded],
         collate: Collate,
+        loraplus_lr_ratio: float = 0.0,
     ) -> None:
         passes = arguments.gradient_accumulation_steps * arguments.world_size
         rows_per_update = arguments.per_device_train_batch_size * passes
         self.order = GroupedOrder([len(example) for example in train], rows_per_update, arguments.seed)
-        self.validation, self.collate = validation, collate
+        self.validation, self.collate, self.loraplus_lr_ratio = validation, collate, loraplus_lr_ratio
         self.interval_tokens, self.interval_started, self.eval_seconds = 0, time.monotonic(), 0.0
         self.stop_is_asked: Callable[[], bool] = bool
+        self.taken_out = TakenOut.of(model)
         super().__init__(
             model=model, args=arguments, train_dataset=train, eval_dataset=validation, data_collator=collate
         )
         self.remove_callback(PrinterCallback)  # it prints to stdout
         self.skipped = 0
-        if next(iter(self.model.get_base_model().parameters())).dtype == torch.float16:
+        if arithmetic(self.model) == torch.float16:
             self.accelerator.scaler = torch.amp.GradScaler(arguments.device.type, **_SCALER)
         if arguments.world_size > 1:
             torch.manual_seed(arguments.seed + arguments.process_index)  # dropout of its own in every process
@@ -101,6 +102,14 @@ class AnswerTrainer(Trainer):
         if share:
             return self.collate(share)
         return {"labels": torch.zeros((1, 0), dtype=torch.int64), "row_tokens": torch.tensor(0)}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """That of transformers, or peft's of LoRA+ (Hayou et al. 2024, arXiv 2402.12354)."""
+        if self.optimizer is None and self.loraplus_lr_ratio:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            options |= {"loraplus_lr_ratio": self.loraplus_lr_ratio, "loraplus_weight_decay": self.args.weight_decay}
+            self.optimizer = create_loraplus_optimizer(self.model, kind, **options)
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """The schedule of transformers but for its first step, whose rate is 0 (`rates`)."""
@@ -236,6 +245,16 @@ class AnswerTrainer(Trainer):
             self.interval_tokens, self.interval_started, self.eval_seconds = 0, time.monotonic(), 0.0
         super().log(logs, None)
 
+    def goes_on_from(self, checkpoint: Path) -> bool:
+        """Whether this training, begun anew, would be the one that a checkpoint is of."""
+        return self.taken_out is None or self.taken_out.same(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.taken_out is not None:
+            self.taken_out.load(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / checkpoints.STAGED)
 
@@ -257,6 +276,8 @@ class AnswerTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # each process has written the state of its random numbers
             if self.args.should_save:
                 staged = folder / checkpoints.STAGED / name
+                if self.taken_out is not None:
+                    self.taken_out.store(staged)
                 for unneeded in ("training_args.bin", "README.md"):  # a pickle that resuming does not need; empty card
                     (staged / unneeded).unlink(missing_ok=True)
                 checkpoints.publish(staged, folder / name, self.state.global_step)
@@ -294,7 +315,7 @@ class _Arguments(TrainingArguments):
 
 
 def training_arguments(folder: Path, steps: int, settings: Settings) -> TrainingArguments:
-    """Arguments shared by all runs: AdamW, the schedule of `rates`, gradients clipped to norm 1.
+    """Arguments of the Trainer: AdamW, the schedule of `rates`, and what the settings say.
 
     Args:
         folder: of the checkpoints.
@@ -310,131 +331,14 @@ def training_arguments(folder: Path, steps: int, settings: Settings) -> Training
         seed=settings.training_seed,
         **settings.pick(
             *("learning_rate", "lr_scheduler_type", "num_train_epochs", "per_device_train_batch_size", "save_steps"),
-            *("gradient_accumulation_steps", "gradient_checkpointing"),
+            *("gradient_accumulation_steps", "gradient_checkpointing", "weight_decay"),
         ),
+        report_to=settings.report_to,
+        run_name=settings.run_name,
+        project="quantization-workbook",  # of trackio
+        neftune_noise_alpha=settings.neftune_noise_alpha or None,
+        max_grad_norm=settings.max_grad_norm or math.inf,  # with 0 transformers passes `_clip_grad_norm` by
         **_ALWAYS,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one device: DataParallel would split the small batches
     return arguments
-
-
-INSISTENCE = 3.0
-"""Seconds after a Ctrl-C from which on another one means: at once."""
-
-
-class Watch(TrainerCallback):
-    """Progress, training.log, the epoch of the row order, and a clean stop.
-
-    Args:
-        folder: of training.log.
-        redraw: called when there are new rows of the history.
-        stop_file: who wants the training to stop makes it; None = only a signal stops it.
-
-    Attributes:
-        start: the checkpoint that the training goes on from, if any.
-    """
-
-    def __init__(
-        self,
-        trainer: AnswerTrainer,
-        folder: Path,
-        progress: Progress,
-        redraw: Callable[[], None] | None,
-        stop_file: Path | None = None,
-    ) -> None:
-        self.trainer, self.folder, self.progress = trainer, folder, progress
-        self.redraw, self.stop_file = redraw, stop_file
-        self.writes = trainer.args.should_save  # of several processes the first one
-        trainer.stop_is_asked = self.stop_is_asked
-        self.start: checkpoints.Checkpoint | None = None
-        self.note, self.stopped = "", False
-
-    def write(self, line: str) -> None:
-        """Append a line with a time stamp to training.log."""
-        if self.writes:
-            checkpoints.write_log(self.folder, line)
-
-    def stop(self) -> None:
-        """End the training after the current update, with a checkpoint."""
-        self.stopped, self.note = True, "stopping after this update, with a checkpoint"
-
-    def stop_is_asked(self) -> bool:
-        """Whether some process is asked to stop: the same answer in all of them, so they stop at the same update."""
-        wanted = self.stopped or (self.stop_file is not None and self.stop_file.exists())
-        self.stopped = bool(from_every_process(wanted).any())
-        return self.stopped
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress.done = state.global_step
-        self.trainer.interval_started = time.monotonic()
-        if self.writes:
-            (self.folder / checkpoints.LIVE).unlink(missing_ok=True)
-        measured = {row["step"] for row in state.log_history if "eval_loss" in row}
-        if self.start and self.start.eval_loss is not None and self.start.step not in measured:
-            row = {"eval_loss": self.start.eval_loss, "epoch": state.epoch, "step": self.start.step}
-            state.log_history.append(row)  # it was measured after this state was saved
-        self._show(state.log_history)
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        order = self.trainer.order
-        order.epoch = state.global_step // math.ceil(len(order) / order.rows_per_update)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if control.should_save:
-            control.should_log = True  # so that a resumed run continues with a fresh mean of the loss
-        if self.stop_is_asked():
-            control.should_save = control.should_training_stop = True
-        self.progress.advance(note=self.note)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        logs = logs or {}
-        if "loss" in logs:
-            loss = f"loss {logs['loss']:.4f}"
-            self.note = self.note if self.stopped else loss
-            speed = f"{logs['tokens_per_second']:.0f} tokens/s"
-            self.write(f"step {state.global_step} {loss} lr {logs['learning_rate']:.3e} {speed}")
-        if "eval_loss" in logs:
-            self.write(f"step {state.global_step} validation loss {logs['eval_loss']:.4f}")
-        self._show(state.log_history[-1:])
-
-    def _show(self, rows: list[dict[str, Any]]) -> None:
-        """Give new rows of the history to whoever draws them, here or in a parent process."""
-        if self.writes:
-            with (self.folder / checkpoints.LIVE).open("a", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(row) + "\n" for row in rows)
-            if self.redraw:
-                self.redraw()
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.write(f"step {state.global_step} checkpoint saved")
-
-
-@contextlib.contextmanager
-def stop_by_signal(ask: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM or Ctrl-C: `ask` for a stop after the current update, with a checkpoint; Ctrl-C again ends it at once.
-
-    A batch system and a report runner may both signal this process: what comes within INSISTENCE seconds of the first
-    signal, or after SIGTERM, is the same wish.
-
-    Raises:
-        Terminated: it was SIGTERM; uncaught, the process ends with exit code 143.
-        KeyboardInterrupt: it was Ctrl-C.
-    """
-    came: dict[int, float] = {}
-
-    def stop(number: int, frame: Any) -> None:
-        if signal.SIGTERM not in came and time.monotonic() - came.get(number, math.inf) > INSISTENCE:
-            raise KeyboardInterrupt
-        came.setdefault(number, time.monotonic())
-        ask()
-
-    try:
-        with on_signals(stop, signal.SIGTERM, signal.SIGINT):
-            yield
-    except torch.OutOfMemoryError:  # whoever asked to stop does not want the next try
-        if not came:
-            raise
-    if signal.SIGTERM in came:
-        raise Terminated("stopped by SIGTERM with a checkpoint; run it again to continue")
-    if came:
-        raise KeyboardInterrupt("stopped with a checkpoint; run it again to continue")

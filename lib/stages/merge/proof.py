@@ -92,7 +92,7 @@ def prove_merge(base: Path, adapter: Path | None, merged: Path, dtype: str | Non
     plan, written = plan_merge(base, adapter), open_weights(merged)
     weights, updates = plan.base, plan.updates
     _check_places(weights, written, dtype)
-    factors = _scalings(adapter, updates) if adapter else {}
+    factors = _scalings(adapter, updates) if plan.adapter else {}
     counts: dict[str, float] = defaultdict(float)
     wrong: dict[str, int] = {}
     rounding: dict[str, float] = {}

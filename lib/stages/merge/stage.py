@@ -18,7 +18,7 @@ from lib.prompts.tasks import language_of, read_task, spread
 from lib.runs.files import read_json, read_jsonl, write_json, write_text
 from lib.runs.render import render
 from lib.runs.run import Product, ProductDraft, Run
-from lib.settings import UNTRAINED, Settings
+from lib.settings import FULL, UNTRAINED, Settings
 from lib.stages.merge.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, compare_merges, dequantize_base
 from lib.stages.merge.proof import MergeProof, prove_merge
 from lib.stages.merge.verify import MergeCheck, check_merge
@@ -42,7 +42,7 @@ class MergeRecord:
         report: sizes, tensors, memory and rules of the merge.
         proof: what was recomputed, and found right.
         check: what rounding the weights costs: answers beside those of base + adapter.
-        method: how the adapter was trained ("LoRA", "QLoRA"); "none" where there is none.
+        method: how the adapter was trained ("LoRA", "QLoRA"); "full", "none" where there is none.
         merge_base: into which weights it was merged ("original", "dequantized").
         nf4: both ways to merge an adapter of an NF4 base, measured; None for an adapter of a 16-bit base.
     """
@@ -63,8 +63,13 @@ class MergeResult(MergeRecord):
 
     @property
     def trained(self) -> bool:
-        """Whether an adapter was merged; else the weights are the base's."""
+        """Whether anything was trained; else the weights are the base's."""
         return self.method != UNTRAINED
+
+    @property
+    def whole(self) -> bool:
+        """Whether every weight was trained: nothing was merged, the trained weights were taken over."""
+        return self.method == FULL
 
     @property
     def files(self) -> dict[str, int]:
@@ -80,7 +85,7 @@ class MergeResult(MergeRecord):
 def merge(settings: Settings, run: Run) -> MergeResult:
     """Make the product `merged` from `adapter` and the run's base model, or skip it when nothing changed.
 
-    Where nothing was trained it holds the base's own weights, which is proved too.
+    Where nothing was trained it holds the base's own weights, and where every weight was trained those; both is proved.
 
     Raises:
         InputError: an adapter that cannot be merged exactly, a merged weight that is not the rounded sum, or rounding
@@ -120,7 +125,14 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
             path.rename(work.folder / path.name)
     report, proof, check = found[merge_base]
     chosen = made.entry.facts.get("chosen")
-    told = {"trained": adapter is not None, "merge_base": merge_base, "report": report, "proof": proof, "check": check}
+    told = {
+        "trained": adapter is not None,
+        "whole": run.whole,
+        "merge_base": merge_base,
+        "report": report,
+        "proof": proof,
+        "check": check,
+    }
     told["notes"] = [*run.stamps(), *([chosen["text"]] if chosen else [])]
     told |= {"task": task.kind, "language": language_of(spread(rows, _TOLD_BY))}
     _write_readme(work.folder, "card.md.j2", base.id, base.revision, **told)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError, refusal
+from lib.models.adapters import folder_kind
 from lib.models.loading import affordable_dtype, load_model
 from lib.models.weights import FLOAT16_MAX
 from lib.progress import Progress
@@ -135,7 +136,8 @@ def check_merge(base: Path, adapter: Path | None, merged: Path, prompts: Sequenc
     """Compare base + adapter with the merged model, reloaded from its folder, and with other roundings of it.
 
     Args:
-        adapter: None = the base alone. It has no change that rounding could eat, so that nothing is refused.
+        adapter: a model folder, where every weight was trained, stands for base + adapter. None = the base alone. It
+            has no change that rounding could eat, so that nothing is refused.
         prompts: token ids; a few dozen real prompts of the run.
         dtype: dtype of the merged weights ("float32", "bfloat16", "float16", "mixed").
 
@@ -179,9 +181,13 @@ def _base_and_adapter(
     progress: Progress,
 ) -> tuple[_Reference, list[FormatCost], dict[str, str]]:
     """Base + adapter, the base alone, and the cost of the formats `names`, or why it was not measured."""
-    model = load_model(base, dtype=arithmetic, adapter=adapter)
+    whole = adapter is not None and folder_kind(adapter) == "model"
+    folder, adapter = (adapter, None) if whole else (base, adapter)
+    untuned = _log_probs(load_model(base, dtype=arithmetic), prompts, progress) if whole else None
+    gc.collect()
+    model = load_model(folder, dtype=arithmetic, adapter=adapter)
     tuned = _log_probs(model, prompts, progress)
-    plain = tuned
+    plain = tuned if untuned is None else untuned
     if adapter:
         with model.disable_adapter():
             plain = _log_probs(model, prompts, progress)
@@ -198,7 +204,7 @@ def _base_and_adapter(
         if rounded:
             del model
             gc.collect()
-            model = load_model(base, dtype=arithmetic, adapter=adapter)
+            model = load_model(folder, dtype=arithmetic, adapter=adapter)
             if adapter:
                 model.merge_adapter()
         if name == "float16" and largest > FLOAT16_MAX:

@@ -238,7 +238,7 @@ def merge_folders(
     """Write the model `base` with the adapter merged into it as the new folder `output`.
 
     Args:
-        adapter: None = the base as it is, or in another number format.
+        adapter: None = the base as it is, or in another number format. A model folder replaces every weight.
         dtype: "float32", "bfloat16" or "float16"; None keeps the dtype of every tensor of the base.
         tokenizer: folder whose tokenizer files are copied; "base" = those of the base; "adapter" = the vocabulary and
             the template of the adapter's folder where it has them, because it was trained with them.
@@ -284,7 +284,7 @@ def merge_folders(
         parameters=weights.parameters,
         parameters_changed=sum(tensor.size for tensor in changed),
         bytes_base=weights.nbytes,
-        bytes_adapter=plan.adapter.nbytes if plan.adapter else 0,
+        bytes_adapter=source.nbytes if (source := plan.adapter or plan.trained) else 0,
         bytes_merged=new.nbytes,
         scalings=dict(sorted(scalings.items())),
         peak_anonymous_mib=round((max(most, memory) - memory) / 2**20, 1) if memory else None,

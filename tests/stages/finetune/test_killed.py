@@ -13,7 +13,7 @@ import time
 import pytest
 
 from lib.errors import Terminated
-from lib.stages.finetune import checkpoints, trainer
+from lib.stages.finetune import checkpoints, trainer, watch
 from lib.stages.finetune.layout import answer_loss
 from lib.stages.finetune.stage import finetune
 from lib.stages.finetune.trainer import AnswerTrainer
@@ -121,7 +121,7 @@ def test_a_signal_in_a_validation_does_not_wait_for_its_end(runs, monkeypatch: p
 
 def test_an_insistent_ctrl_c_does_not_wait_for_the_update(runs, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "INSISTENCE", 0.0)
+        patch.setattr(watch, "INSISTENCE", 0.0)
         signal_in_update_3(patch, signal.SIGINT, times=2)
         with pytest.raises(KeyboardInterrupt):
             finetune(tiny_settings(), runs("fresh"))

@@ -212,7 +212,7 @@ def test_a_record_that_is_json_and_not_as_it_was_written_is_damage(tmp_path, cha
     assert (tmp_path / "checkpoint-2").is_dir() and not record.exists()
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "inverse_sqrt", "constant", "constant_with_warmup"])
 @pytest.mark.parametrize(("warm", "total"), [(1, 1), (4, 100), (0, 7), (6, 7)])
 def test_a_schedule_is_that_of_transformers(name: str, warm: int, total: int) -> None:
     """Stepped as a training steps it: transformers' rates of one more step, without the first, whose rate is 0."""
