@@ -92,7 +92,7 @@ def test_what_overflows_at_every_scale_is_refused(runs, monkeypatch) -> None:
 
 def test_a_base_that_overflows_is_refused_before_it_is_trained(runs, monkeypatch) -> None:
     monkeypatch.setattr(layout, "answer_loss", lambda *_: (torch.tensor(math.nan), 1))
-    monkeypatch.setattr(layout, "choose_layout", lambda model, rows, pad: (layout.Collator(pad), "padded"))
+    monkeypatch.setattr(layout, "choose_layout", lambda model, rows, pad, problem: (layout.Collator(pad), "padded"))
     with pytest.raises(InputError, match="overflows in float16"):
         finetune(tiny_settings(dtype="float16"), runs("fresh"))
 
