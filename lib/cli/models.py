@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from lib.cli.console import cell, replacing, show
-from lib.errors import InputError
+from lib.errors import InputError, refusal
 from lib.language import LABEL, told, translated
 from lib.runs.files import user_path
 from lib.runs.render import megabytes
@@ -217,12 +217,14 @@ def convert(
 
     Qwen2, Qwen3 and the Llama family are converted here, others by llama.cpp's own script.
     """
+    from lib.models.adapters import refuse_adapter_alone
     from lib.models.weights import open_weights
     from lib.stages.convert.convert import check_output
 
     if base_model is not None:
         _convert_adapter(model_dir, base_model, output, outtype or "f32", llama_cpp, force, as_json)
         return
+    refuse_adapter_alone(model_dir)
     outtype = outtype or "f16"
     check_output(output, open_weights(model_dir), outtype)
     replacing(output, force, lambda path: kind_of_gguf(path) in CONVERTED)
@@ -240,9 +242,14 @@ def _convert_adapter(
 ) -> None:
     from lib.models.adapters import require_adapter
     from lib.models.base_model import resolve_base
+    from lib.settings import OFFLINE_BASE
     from lib.stages.convert.adapter import convert_adapter
+    from lib.stages.convert.convert import check_name
 
+    if base_model == OFFLINE_BASE:
+        raise refusal("models/no-base-of-adapter")
     require_adapter(adapter)
+    check_name(output, outtype)
     replacing(output, force, lambda path: kind_of_gguf(path) == "adapter")
     base = resolve_base(base_model)
     _show_converted(asdict(convert_adapter(adapter, base.path, output, outtype, llama_cpp)), as_json)

@@ -60,10 +60,10 @@ class BudgetOptions:
                 "cli/budget-in-part", given=" and ".join(set(given) - set(lacking)), lacking=" and ".join(lacking)
             )
         from lib.cli.perplexity import read_text
-        from lib.models.gguf_file import check_gguf
+        from lib.models.gguf_file import check_model_gguf
         from lib.stages.quantize.size_budget import Budget, budget_bytes
 
-        check_gguf(source)
+        check_model_gguf(source)
         most = budget_bytes(source, self.size_budget_mb or 0.0, self.bits_per_weight or 0.0)
         if self.data is not None:
             rows = user_path(str(self.data))

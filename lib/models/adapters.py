@@ -106,6 +106,17 @@ def refuse_adapter(folder: Path) -> None:
         raise refusal("models/adapter-for-model", folder=folder, rank=config.get("r", "unknown"), base=base)
 
 
+def refuse_adapter_alone(folder: Path) -> None:
+    """Refuse a LoRA adapter that a command takes with its base.
+
+    Raises:
+        InputError: says which option names the base.
+    """
+    if folder_kind(folder) == "adapter":
+        base = adapter_config(folder).get("base_model_name_or_path") or "the model it was trained on"
+        raise refusal("models/no-base-model-given", folder=folder, base=base)
+
+
 def require_adapter(folder: Path) -> None:
     """Refuse what is not a LoRA adapter in safetensors.
 

@@ -15,7 +15,7 @@ from lib.hub.sources import SourceError
 from lib.models import language_model
 from lib.models.adapters import adapter_config, refuse_adapter, require_adapter
 from lib.models.configurations import check_language_model, read_configuration
-from lib.models.gguf_file import read_metadata
+from lib.models.gguf_file import check_model_gguf, read_metadata
 from lib.models.language_model import holds_more, language_model_of, text_configuration
 from lib.models.tokenizer_files import FILES, TEMPLATES, chat_templates, reader
 from lib.models.unpack import RECORD, asked_in, identity, is_identity, notes_of, unpacked, without_dtype
@@ -136,7 +136,7 @@ def refuse_without_template(base_model: str) -> None:
     path = user_path(base_model)
     if not path.is_file() or path.suffix.lower() != ".gguf":
         return
-    if not read_metadata(path).get("tokenizer.chat_template"):
+    if not read_metadata(check_model_gguf(path)).get("tokenizer.chat_template"):
         raise refusal("models/no-template-in-file", base_model=base_model, path=path)
     refuse_bad_template(path)
 
@@ -173,8 +173,10 @@ def check_base_folder(path: Path) -> None:
     Raises:
         InputError: as `check_model_folder` and `refuse_bad_template`; or the weights are quantized.
     """
-    check_model_folder(path)
-    if read_configuration(path).get("quantization_config"):
+    weights, config = check_model_folder(path), read_configuration(path)
+    if holds_more(config, weights):
+        language_model.check_part(path, weights)
+    if config.get("quantization_config"):
         raise refusal("models/quantized-base", path=path)
     refuse_bad_template(path)
 

@@ -54,6 +54,19 @@ def check_gguf(path: Path | str) -> Path:
     raise InputError(f"{path} {found}.", "a file that starts with GGUF.", f"{do}.")
 
 
+ADAPTER = b"general.type" + struct.pack("<IQ", 8, 7) + b"adapter"
+"""How a LoRA adapter in GGUF begins: the key behind the architecture, a text of seven letters."""
+
+
+def check_model_gguf(path: Path | str) -> Path:
+    """As `check_gguf`, of a file that holds a model: a LoRA adapter is refused, too."""
+    path = check_gguf(path)
+    with path.open("rb") as stream:
+        if ADAPTER in stream.read(512):
+            raise refusal("models/gguf-adapter", path=path)
+    return path
+
+
 def run_gguf(run: Run) -> Path:
     """The file of a run's product `gguf`: unquantized, the reference of 07 and the source of 06.
 

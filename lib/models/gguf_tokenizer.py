@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import refusal
-from lib.models.gguf_file import read_metadata, unusable
+from lib.models.gguf_file import check_model_gguf, read_metadata, unusable
 from lib.runs.files import data_file, write_json, write_text
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def tokenizer_from_gguf(path: Path | str) -> PreTrainedTokenizerBase:
         InputError: not a GGUF file; another kind of tokenizer; no vocabulary, merges or chat template.
     """
     path = Path(path)
-    metadata = read_metadata(path)
+    metadata = read_metadata(check_model_gguf(path))
     stored = tokenizer_json(metadata, path)
     refuse_templates(metadata, path)
     if not metadata.get("tokenizer.chat_template"):

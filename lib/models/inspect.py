@@ -14,6 +14,7 @@ from lib.models import tokenizer_files
 from lib.models.adapters import folder_kind, has_lora, read_adapter, shape_of
 from lib.models.configurations import check_configuration, check_sizes, refuse_other_task
 from lib.models.gguf_file import NUMBERS, TABLES, TensorInfo, computes_in_float32, data_end, read_gguf
+from lib.models.language_model import check_part, holds_more, notes_of
 from lib.models.onnx_folder import check_onnx_folder, is_onnx
 from lib.models.unpack_source import ids_beyond, read_source
 from lib.models.weights import Weights, impostor, open_weights, read_object
@@ -253,6 +254,8 @@ def _describe_weights(found: _Findings, config: Mapping[str, Any], sound: Mappin
         found.notes.append("several number formats: " + ", ".join(f"{k} {v:,}" for k, v in dtypes.most_common()))
     found.attempt(lambda: refuse_other_task(found.path, weights.tensors, sound.get("architectures") or ()))
     found.attempt(lambda: check_sizes(weights, sound))
+    if sound and holds_more(sound, weights):
+        found.notes += notes_of(found.attempt(lambda: check_part(found.path, weights), {"left_out": {}}))
     own = "lm_head.weight" in weights.tensors  # input and output share one matrix where it is absent
     embedding = weights.tensors.get("model.embed_tokens.weight")
     found.facts |= {
@@ -274,6 +277,17 @@ def _describe_gguf(found: _Findings) -> None:
 
     metadata, tensors = header.metadata, header.tensors
     architecture = metadata.get("general.architecture")
+    if metadata.get("general.type") == "adapter":
+        found.facts |= {
+            "architecture": architecture,
+            "name": metadata.get("general.name"),
+            "lora_alpha": metadata.get("adapter.lora.alpha"),
+            "pairs": sum(tensor.name.endswith(".lora_a") for tensor in tensors),
+            "parameters": sum(tensor.size for tensor in tensors),
+        }
+        found.notes.append("a LoRA adapter, which llama.cpp loads beside a GGUF file of its base (--lora)")
+        _check_length(found, tensors)
+        return
     if not isinstance(architecture, str):
         found.problems.append("it names no architecture")
     tokens, file_type = metadata.get("tokenizer.ggml.tokens"), metadata.get("general.file_type")
@@ -296,12 +310,17 @@ def _describe_gguf(found: _Findings) -> None:
     _check_gguf(found, metadata, tensors)
 
 
-def _check_gguf(found: _Findings, metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> None:
-    need, size, vocabulary = data_end(tensors), found.path.stat().st_size, found.facts["vocabulary"]
+def _check_length(found: _Findings, tensors: Sequence[TensorInfo]) -> None:
+    need, size = data_end(tensors), found.path.stat().st_size
     if need is None:
         found.notes.append("a tensor type that this version does not know: whether the file is whole was not checked")
     elif need > size:
         found.problems.append(f"incomplete: {size:,} of {need:,} bytes are there; download or make it again")
+
+
+def _check_gguf(found: _Findings, metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> None:
+    vocabulary = found.facts["vocabulary"]
+    _check_length(found, tensors)
     if not tensors:
         found.problems.append("it holds no tensor" + (" (a vocabulary only)" if vocabulary else ""))
     if vocabulary is None:

@@ -105,12 +105,37 @@ def _small_files(folder: Path) -> list[Path]:
     return [*(folder / name for name in (*FILES, *_OTHERS)), *sorted((folder / TEMPLATES).glob("*.jinja"))]
 
 
-def _write(folder: Path, weights: Weights, target: Path) -> dict[str, Any]:
+def check_part(folder: Path, weights: Weights) -> dict[str, Any]:
+    """What `language_model_of` would make of a folder: its record.
+
+    Raises:
+        InputError: what that refuses of headers and configuration.
+    """
+    return _plan(folder, weights)[2]
+
+
+def _plan(folder: Path, weights: Weights) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+    """The configuration, the new name of every kept tensor, and the record."""
     path = folder / "config.json"
     config = check_configuration(path, text_configuration(read_configuration(folder), path))
-    names = {name: new for name in weights.tensors if (new := name_alone(name)) is not None}
+    names: dict[str, str] = {}
+    olds: dict[str, str] = {}
+    for name in weights.tensors:
+        if (new := name_alone(name)) is not None:
+            if (first := olds.setdefault(new, name)) != name:
+                raise refusal("models/doubled-tensor", folder=folder, first=first, second=name)
+            names[name] = new
     _refuse_incomplete(folder, config, weights, names)
+    if config.get("tie_word_embeddings"):  # transformers reads no output matrix then, and GGUF would have one
+        names = {name: new for name, new in names.items() if new != "lm_head.weight"}
     parts = [re.sub(r"^model\.", "", name).split(".")[0] for name in weights.tensors if name not in names]
+    kept = sum(weights.tensors[name].size for name in names)
+    record = {"weights": kept, "of": weights.parameters, "left_out": dict(sorted(Counter(parts).items()))}
+    return config, names, record
+
+
+def _write(folder: Path, weights: Weights, target: Path) -> dict[str, Any]:
+    config, names, record = _plan(folder, weights)
     kept = sorted(names, key=names.__getitem__)
     size = sum(weights.tensors[name].nbytes for name in kept)
     require_space(target, size, f"the language model of {folder.name}")
@@ -128,8 +153,6 @@ def _write(folder: Path, weights: Weights, target: Path) -> dict[str, Any]:
     for name in _OTHERS:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
-    counted = sum(weights.tensors[name].size for name in kept)
-    record = {"weights": counted, "of": weights.parameters, "left_out": dict(sorted(Counter(parts).items()))}
     write_json(target / RECORD, record)
     return record
 

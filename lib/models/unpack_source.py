@@ -297,7 +297,7 @@ def read_source(path: Path | str) -> Source:
             known; a tensor that is missing, unknown, of a wrong shape or of a type that cannot be dequantized.
     """
     path = Path(path)
-    header = gguf_file.read_gguf(path)
+    header = gguf_file.read_gguf(gguf_file.check_model_gguf(path))
     metadata, found = header.metadata, header.tensors
     parts = metadata.get("split.count", 1)  # asked first: later parts hold no other keys
     if parts not in (0, 1):

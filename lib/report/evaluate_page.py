@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lib.language import retold
 from lib.report import charts, display
 from lib.report.display import Row, absent, tabled, tell
-from lib.report.looks import axis_label
+from lib.report.looks import axis_label, word
 from lib.report.sentences import in_markdown, sentence, word_rows
 from lib.scoring.answer_metrics import ENTITY_F1, RIGHT
 from lib.stages.evaluate.results import (
@@ -328,8 +328,8 @@ class AnswerPage:
     def certainty(self) -> HTML:
         """Losses of the rows."""
         losses = {SHOWN[name]: scores.row_losses for name, scores in self.result.scores.items()}
-        axis = "loss of a row's answers, nats a token"
-        return charts.overlay_histogram(losses, axis, "Losses of the test rows (outliers in the outermost bins).")
+        axis = word("loss of a row's answers, nats a token")
+        return charts.overlay_histogram(losses, axis, word("Losses of the test rows (outliers in the outermost bins)."))
 
     def speed(self) -> Markdown:
         """Cut turns and time."""

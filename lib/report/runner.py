@@ -380,7 +380,7 @@ def _stage(session: _Session, notebook: Path, parameters: dict[str, Any]) -> Non
                 _render_again(session)
             raise
     remember_page(page, notebook, parameters, session.run)
-    session.say(f"{session.head(notebook)}: done in {duration(ended.seconds)}")
+    session.say(told(f"{session.head(notebook)}: done in {duration(ended.seconds)}"))
 
 
 def _refused(failure: execute.Failure, folder: Path) -> execute.Failure | None:

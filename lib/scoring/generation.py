@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -299,3 +300,21 @@ def write_all(
             answers.append(Written(**made))
             work.progress.advance()
     return answers, work.found
+
+
+_ALIKE, _FEWEST = 0.5, 10
+"""Share of answers that are one text from which on they are called alike; and of how many answers at least."""
+
+
+def sameness_notes(model: str, texts: Sequence[str], references: Sequence[str]) -> list[str]:
+    """What every page must say of a model that gives one answer to most questions, though their references differ.
+
+    Args:
+        model: in words. texts: what it wrote to each question.
+    """
+    ((answer, count),) = Counter(texts).most_common(1) or [("", 0)]
+    if len(texts) < _FEWEST or count < _ALIKE * len(texts) or 2 * references.count(answer) >= count:
+        return []
+    shown = answer if len(answer) <= 20 else f"{answer[:20]}…"
+    said = f"the {model} model answers {count} of {len(texts)} questions with {shown!r}"
+    return [f"{said}: that files of it answer alike proves little"]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import InputError, refusal
-from lib.models.gguf_file import check_gguf
+from lib.models.gguf_file import check_model_gguf
 from lib.runs.machine import llama_cpp_problem, physical_cores
 from lib.scoring.backend import Backend, Feed, Job, Run, check_ids, common_prefix, grouped
 
@@ -170,7 +170,7 @@ class LlamaCppBackend(Backend):
         n_outputs: int = OUTPUTS,
     ) -> None:
         self._model = self._context = self._batch = None
-        self.path = check_gguf(path)
+        self.path = check_model_gguf(path)
         self._api = api = llama()
         self.name = self.path.name
         self.n_ctx, self.n_batch, self.n_outputs = n_ctx, max(2048, n_ctx), max(n_outputs, OUTPUTS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import InputError, missing_library, refusal, refusing
 from lib.models.base_model import refuse_bad_template
-from lib.models.gguf_file import check_gguf, read_metadata
+from lib.models.gguf_file import check_model_gguf, read_metadata
 from lib.models.gguf_tokenizer import refuse_bad_vocabulary
 from lib.models.unpack_source import Keys
 from lib.runs.child import run_child
@@ -129,7 +129,7 @@ def serve(path: Path | str, options: ServeOptions, tell: Callable[[str], None]) 
         raise missing_library(*missing)
     if problem := llama_cpp_problem():
         raise InputError(f"llama-cpp-python: {problem}.", "a working llama-cpp-python.", "see workbook doctor.")
-    path = check_gguf(path).resolve()
+    path = check_model_gguf(path).resolve()
     metadata = read_metadata(path)
     if not metadata.get(_TEMPLATE):
         raise refusal("serve/no-template", path=path, key=_TEMPLATE)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lib.errors import InputError
-from lib.models.base_model import resolve_base
+from lib.models.base_model import check_base_folder, resolve_base
 from lib.models.configurations import shapes_of
+from lib.models.inspect import inspect
 from lib.models.language_model import known_shapes, language_model_of, name_alone, notes_of, text_configuration
 from lib.models.weights import open_weights
 from tests.tiny_run import make_tokenizer
@@ -134,3 +136,47 @@ def test_sizes_of_any_family(tmp_path: Path, home: Path) -> None:
     assert known_shapes(config) == {name: tensor.shape for name, tensor in open_weights(taken).tensors.items()}
     with pytest.raises(KeyError):
         known_shapes({"model_type": "zebra"})
+
+
+def rewritten(folder: Path, change: Any) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file({name: value.clone() for name, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def doubled(weights: dict[str, Any]) -> None:
+    weights["language_model.model.norm.weight"] = weights["model.language_model.norm.weight"]
+
+
+def longer(weights: dict[str, Any]) -> None:
+    import torch
+
+    weights["model.language_model.layers.0.mlp.up_proj.weight"] = torch.zeros(100, 64)
+
+
+@pytest.mark.parametrize(("change", "words"), [(doubled, "are one tensor"), (longer, r"up_proj\.weight .*\(100, 64\)")])
+def test_inspect_doctor_and_a_run_refuse_the_same(change: Any, words: str, tmp_path: Path, home: Path) -> None:
+    whole = rewritten(write_qwen35(tmp_path / "whole"), change)
+    for ask in (lambda: check_base_folder(whole), lambda: resolve_base(str(whole))):
+        with pytest.raises(InputError, match=words):
+            ask()
+    assert any(re.search(words, problem) for problem in inspect(whole)["problems"])
+
+
+def test_inspect_names_what_is_left_out(tmp_path: Path, home: Path) -> None:
+    found = inspect(write_qwen35(tmp_path / "whole"))
+    assert not found["problems"] and any("tensors left out: mtp (1), visual" in note for note in found["notes"])
+
+
+def test_an_output_matrix_that_a_tied_model_does_not_read_is_left_out(tmp_path: Path, home: Path) -> None:
+    import torch
+
+    whole = rewritten(
+        write_qwen35(tmp_path / "whole"), lambda weights: weights.update({"lm_head.weight": torch.ones(512, 64)})
+    )
+    base = resolve_base(str(whole))
+    assert "lm_head.weight" not in open_weights(base.path).tensors
+    assert base.taken is not None and base.taken["left_out"]["lm_head"] == 1

@@ -13,7 +13,7 @@ import numpy as np
 
 from lib.errors import InputError, refusal
 from lib.language import ENGLISH, speaking
-from lib.models.gguf_file import ARCHITECTURES, check_gguf, read_metadata
+from lib.models.gguf_file import ARCHITECTURES, check_model_gguf, read_metadata
 from lib.models.gguf_tokenizer import tokenizer_from_gguf
 from lib.progress import say
 from lib.prompts.tasks import Task, in_model_tags
@@ -384,7 +384,7 @@ def _check(asked: Comparison) -> None:
     seen: set[Path] = set()
     for path in asked.paths:
         if path is asked.reference or not path.is_dir():
-            check_gguf(path)
+            check_model_gguf(path)
         else:
             from lib.scoring.folders import check_folder
 

@@ -243,14 +243,19 @@ def plan_conversion(folder: Path) -> Conversion:
     return conversion
 
 
-def check_output(output: Path, weights: Weights, outtype: str) -> None:
-    """Refuse an unknown type, and an output that is no .gguf file, a folder, or one of the inputs."""
+def check_name(output: Path, outtype: str) -> None:
+    """Refuse an unknown type, and an output that is no .gguf file or a folder."""
     if outtype not in OUTTYPES:
         raise InputError(f"outtype {outtype!r}.", f"one of {', '.join(OUTTYPES)}.", "choose one of them.")
     if output.suffix != ".gguf":
         raise InputError(f"{output} as the output.", "a name that ends in .gguf.", "rename the output.")
     if output.is_dir():
         raise InputError(f"{output} is a folder.", "a file name.", "choose another name.")
+
+
+def check_output(output: Path, weights: Weights, outtype: str) -> None:
+    """As `check_name`; and an output that is one of the inputs."""
+    check_name(output, outtype)
     if output.exists() and any(path.exists() and output.samefile(path) for path in weights.files):
         raise InputError(f"{output} is an input file.", "another file.", "choose another name for the output.")
 

@@ -13,7 +13,7 @@ from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from lib.runs.machine import compute_dtype, device_name
 from lib.scoring.backend import Keep, found_done
-from lib.scoring.generation import Asked, Questions, Sampling, end_ids, with_likeness, write_all
+from lib.scoring.generation import Asked, Questions, Sampling, end_ids, sameness_notes, with_likeness, write_all
 from lib.scoring.log_probabilities import score_rows
 from lib.scoring.word_lists import prompt_set, read_prompts
 from lib.settings import FULL
@@ -149,6 +149,9 @@ def _build(settings: Settings, run: Run, work: ProductDraft) -> None:
             "dtype": dtype,
         }
         known |= _save_written(work.folder, questions, wrote, conditions)
+        last = models[-1].name
+        texts = [answer["text"] for answer in wrote[last].answers]
+        work.notes += sameness_notes(results.SHOWN[last], texts, [one.reference for one in questions.asked])
         known["turns_cut"] = sum(one.turns_cut for one in encoded)
     result = kind.read(None, work.folder, data.path, settings, known)
     write_json(work.folder / results.SUMMARY, result.to_json())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError, refusal
-from lib.models.gguf_file import check_gguf, read_metadata
+from lib.models.gguf_file import check_model_gguf, read_metadata
 from lib.models.unpack_source import Keys
 from lib.progress import Progress
 from lib.runs.child import StoppedError, run_child
@@ -236,7 +236,7 @@ def survey(
     """`predict_sizes`, and the source as `lib.stages.quantize.quantizer.describe` tells of it; by one child process."""
     for name in types:
         file_type(name)
-    check_gguf(source)
+    check_model_gguf(source)
     if problem := llama_cpp_problem():
         raise refusal("runs/no-llama-cpp", problem=problem)
     argument = {"source": source, "types": list(types), "options": options or Options()}
@@ -294,7 +294,7 @@ def plan_files(
     names, options = [*types, *beside], options or Options()
     if len(set(names)) != len(names):
         raise InputError(f"a type named twice: {' '.join(names)}.", "each type once.", "remove one of the two.")
-    check_gguf(source)
+    check_model_gguf(source)
     for name in names:
         check_output(source, output_path(source, output, name))
     predictions = predict_sizes(source, types, options) if types else []

@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 
 from lib.errors import InputError
-from lib.models.gguf_file import read_metadata, read_tensors
+from lib.models.base_model import refuse_without_template
+from lib.models.gguf_file import check_model_gguf, read_metadata, read_tensors
+from lib.models.gguf_tokenizer import tokenizer_from_gguf
+from lib.models.inspect import inspect
+from lib.models.unpack import unpacked
 from lib.runs.machine import llama_cpp_problem
+from lib.scoring.llama_backend import LlamaCppBackend
 from lib.stages.convert import official
 from lib.stages.convert.adapter import SCRIPT, convert_adapter
 from lib.stages.convert.convert import convert
@@ -117,6 +122,24 @@ def test_in_llama_cpp_it_answers_as_the_merged_model(kind: str, scaling: str, tm
     assert np.abs(beside - merged).max() < 1e-4
     changed = np.abs(merged - log_probs(tmp_path / "base.gguf")).max()
     assert (changed == 0) if scaling == "alpha 0" else (changed > 0.01)
+
+
+def test_what_takes_models_refuses_it_and_inspect_describes_it(tmp_path: Path) -> None:
+    base = base_of(tmp_path, "qwen2")
+    convert_adapter(write_adapter(base, tmp_path / "adapter", ("q_proj",)), base, tmp_path / "adapter.gguf")
+    found = inspect(tmp_path / "adapter.gguf")
+    assert not found["problems"] and (found["lora_alpha"], found["pairs"]) == (8, 2)
+    path = tmp_path / "adapter.gguf"
+    asks = (LlamaCppBackend, unpacked, tokenizer_from_gguf, lambda p: refuse_without_template(str(p)))
+    for ask in asks:
+        with pytest.raises(InputError, match="is a LoRA adapter, not a model"):
+            ask(path)
+    assert check_model_gguf(convert_base(base, tmp_path)) == tmp_path / "base.gguf"
+
+
+def convert_base(base: Path, folder: Path) -> Path:
+    convert(base, folder / "base.gguf", "f32")
+    return folder / "base.gguf"
 
 
 def test_what_a_gguf_adapter_cannot_say_is_refused(tmp_path: Path) -> None:
