@@ -29,7 +29,7 @@ def examine(path: Path) -> dict[str, Any]:
     from lib.models.inspect import inspect as look
 
     report = look(path)
-    if not report["problems"]:
+    if not report["problems"] and report["kind"] in _STEPS:
         step, ask = _STEPS[report["kind"]]
         try:
             ask(path, report)
@@ -95,7 +95,7 @@ _STEPS: dict[str, tuple[str, Callable[[Path, dict[str, Any]], None]]] = {
     "gguf": ("workbook serve", _ask_serve),
     "onnx": ("workbook evaluate", _ask_run),
 }
-"""Kind of a folder or file → the step that takes it."""
+"""Kind of a folder or file → the step that takes it; none here takes an adapter in GGUF."""
 
 
 def as_text(report: Mapping[str, Any]) -> str:

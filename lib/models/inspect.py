@@ -67,8 +67,8 @@ def inspect(path: Path | str) -> dict[str, Any]:
     """Describe a model folder, an adapter folder or a GGUF file.
 
     Returns:
-        {"path", "kind" ("model", "adapter", "gguf", "onnx" or "unknown"), "bytes", facts by kind, "notes",
-        "problems"}; with a problem it cannot be used, a note is only worth knowing.
+        {"path", "kind" ("model", "adapter", "gguf", "gguf adapter", "onnx" or "unknown"), "bytes", facts by kind,
+        "notes", "problems"}; with a problem it cannot be used, a note is only worth knowing.
 
     Raises:
         InputError: nothing there.
@@ -79,6 +79,7 @@ def inspect(path: Path | str) -> dict[str, Any]:
     if path.is_file():
         head |= {"kind": "gguf", "bytes": path.stat().st_size}
         _describe_gguf(found)
+        head["kind"] = "gguf adapter" if "lora_alpha" in found.facts else "gguf"
     elif path.is_dir():
         kind = "onnx" if is_onnx(path) else folder_kind(path)
         head |= {"bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()), "kind": kind}

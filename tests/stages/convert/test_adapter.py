@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lib.cli.models import examine
 from lib.errors import InputError
 from lib.models.base_model import refuse_without_template
 from lib.models.gguf_file import check_model_gguf, read_metadata, read_tensors
 from lib.models.gguf_tokenizer import tokenizer_from_gguf
-from lib.models.inspect import inspect
 from lib.models.unpack import unpacked
 from lib.runs.machine import llama_cpp_problem
 from lib.scoring.llama_backend import LlamaCppBackend
@@ -127,7 +127,7 @@ def test_in_llama_cpp_it_answers_as_the_merged_model(kind: str, scaling: str, tm
 def test_what_takes_models_refuses_it_and_inspect_describes_it(tmp_path: Path) -> None:
     base = base_of(tmp_path, "qwen2")
     convert_adapter(write_adapter(base, tmp_path / "adapter", ("q_proj",)), base, tmp_path / "adapter.gguf")
-    found = inspect(tmp_path / "adapter.gguf")
+    found = examine(tmp_path / "adapter.gguf")
     assert not found["problems"] and (found["lora_alpha"], found["pairs"]) == (8, 2)
     path = tmp_path / "adapter.gguf"
     asks = (LlamaCppBackend, unpacked, tokenizer_from_gguf, lambda p: refuse_without_template(str(p)))
