@@ -48,8 +48,13 @@ def _is_plain(model: Any) -> bool:
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     half = torch.float16 in (cast, model.get_input_embeddings().weight.dtype)
     ids = torch.tensor([[0, 1, 2]], device=model.device) % model.config.vocab_size
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
-    hidden = hidden * (_ENLARGED_HALF if half else _ENLARGED)
+    seen: list[torch.Tensor] = []
+    handle = model.get_decoder().register_forward_hook(lambda *called: seen.append(called[2].last_hidden_state[0]))
+    try:
+        model(input_ids=ids, use_cache=False)  # the whole model first: packed weights are unpacked by its own hook
+    finally:
+        handle.remove()
+    hidden = seen[0] * (_ENLARGED_HALF if half else _ENLARGED)
     own, plain = _own_logits(model, hidden).float(), model.get_output_embeddings()(hidden).float()
     return bool((own - plain).abs().max() <= _SAME * plain.abs().max())
 

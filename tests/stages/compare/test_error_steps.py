@@ -103,16 +103,23 @@ def test_32_bit_arithmetic_is_a_step_of_its_own(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "fits", "file", "asked"),
+    ("dtype", "fits", "file", "asked", "architecture"),
     [
-        ("bfloat16", True, True, ["merged", "dequantized", "merged_float32"]),
-        ("bfloat16", False, True, ["merged", "dequantized"]),
-        ("float32", True, True, ["merged", "dequantized"]),
-        ("bfloat16", True, False, ["merged"]),
+        ("bfloat16", True, True, ["merged", "dequantized", "merged_float32"], "qwen2"),
+        ("bfloat16", False, True, ["merged", "dequantized"], "qwen2"),
+        ("float32", True, True, ["merged", "dequantized"], "qwen2"),
+        ("float32", True, True, ["merged"], "qwen35"),
+        ("bfloat16", True, False, ["merged"], "qwen2"),
     ],
 )
 def test_32_bits_are_scored_where_they_are_new_and_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, fits: bool, file: bool, asked: list[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    fits: bool,
+    file: bool,
+    asked: list[str],
+    architecture: str,
 ) -> None:
     def score(way: str, _: dict) -> dict:
         return {"dtype": dtype, "log_probs": [], "score_seconds": 0.0, "found": ""}
@@ -122,6 +129,7 @@ def test_32_bits_are_scored_where_they_are_new_and_fit(
 
     monkeypatch.setattr(child, "score_as", score)
     monkeypatch.setattr(files, "run_child", run)
+    monkeypatch.setattr(files, "read_metadata", lambda _: {"general.architecture": architecture})
     monkeypatch.setattr("lib.models.loading.affordable_dtype", lambda _: "float32" if fits else "bfloat16")
     encoded = SimpleNamespace(rows=SimpleNamespace(scores=lambda *_: scores(0)))
     comparison = Comparison(tmp_path, [], [], None, tmp_path, merged=tmp_path)
@@ -129,7 +137,9 @@ def test_32_bits_are_scored_where_they_are_new_and_fit(
     merged, steps, notes = files._score_steps(comparison, encoded, {"n_threads": 1}, last)
     assert merged[0] == f"merged, transformers ({dtype})"
     exact = "merged, transformers (float32)" if "merged_float32" in asked else None
-    named = {"merged": merged[0], "merged_float32": exact, "file": "Q8_0"}
+    known = architecture == "qwen2"
+    named = {"merged": merged[0], "merged_float32": exact, "file": "Q8_0", "dequantized": known}
     assert steps == ({"steps": named} if file else {})
-    assert bool(notes) == (not fits) and all("does not fit" in note for note in notes)
+    wanted = ["does not fit"] * (not fits) + ["as one step"] * (file and not known)
+    assert len(notes) == len(wanted) and all(part in note for part, note in zip(wanted, notes, strict=True))
     assert {path.name for path in tmp_path.glob("scores-*")} == {f"scores-{n.replace('_', '-')}.jsonl" for n in asked}

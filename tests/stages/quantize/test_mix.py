@@ -352,7 +352,7 @@ def test_the_page() -> None:
     assert row == {
         "kind": "attn_q",
         "types": "q6_K, 2 × q4_K",
-        "size_mb": 0.002,  # 1,500 bytes
+        "size_mb": 0.0015,
         "bits_per_weight": 4.0,
         "predicted_kld": 0.003,
     }
@@ -363,7 +363,7 @@ def test_the_page() -> None:
     prediction = {"type": "MIX_2KB", "bytes": 1900, "bits_per_weight": 4.0}
     made = PlannedFile({**prediction, "mix": record}, Options())
     shown, reading = quantize_page.chosen_types(made)
-    assert "1,900 bytes of 2,000 allowed, 4.00 bits per weight in 1 types. Predicted" in reading.data
+    assert "0.002 MB of 0.002 MB allowed, 4.00 bits per weight in 1 types. Predicted" in reading.data
     assert "MIX_2KB" in shown.data and "Text alone decided: there were no answers. The prediction" in reading.data
     counted = {"answers": {"rows": 8, "positions": 16}, "answer_weight": 0.5, "predicted_answer_kld": 0.25}
     record |= {**counted, "tensors": [{**t, "answer_kld": 0.1} for t in tensors]}
