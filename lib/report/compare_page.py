@@ -307,13 +307,13 @@ class AnswerPage(_Page):
         def cells(kind: str, name: str) -> Row:
             return {SHORT[entry["key"]]: metric_text(entry, kind, name) for entry in short}
 
-        metrics = [{"type": name, **cells("models", name)} for name in written["same_text"]]
+        metrics = [{"type": retold(name), **cells("models", name)} for name in written["same_text"]]
         others = [name for name in written["same_text"] if name != written["reference"]]
-        differences = [{"type": name, **cells("differences", name)} for name in others]
+        differences = [{"type": retold(name), **cells("differences", name)} for name in others]
         terms = next((entry for entry in written["metrics"] if entry["key"] == "terms"), None)
         types = next((entry["types"] for entry in written["metrics"] if "types" in entry), {})
         by_type = [
-            {"type": name, **{f"F1, {line['type']} ({line['wanted']})": f"{line['f1']:.2f}" for line in lines}}
+            {"type": retold(name), **{f"F1, {line['type']} ({line['wanted']})": f"{line['f1']:.2f}" for line in lines}}
             for name, lines in types.items()
         ]
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from html import escape
@@ -113,6 +114,19 @@ def _headed(found: list[Section]) -> list[Section]:
     return found
 
 
+_ESCAPED = re.compile(r"(?<!\\)(?:\\u[0-9a-fA-F]{4})+")
+
+
+def in_letters(source: str) -> str:
+    """A cell with its letters where papermill writes \\uXXXX; half of a pair stays as it is."""
+
+    def letters(escaped: re.Match[str]) -> str:
+        found = str(json.loads(f'"{escaped[0]}"'))
+        return escaped[0] if any("\ud800" <= letter <= "\udfff" for letter in found) else found
+
+    return _ESCAPED.sub(letters, source)
+
+
 def render(executed: Path, summary: Summary, stages: list[Stage], full: bool = False) -> str:
     """The page of one executed notebook.
 
@@ -129,6 +143,8 @@ def render(executed: Path, summary: Summary, stages: list[Stage], full: bool = F
         if cell.cell_type == "markdown":
             cell.source = translated(cell.source.strip(), f"notebooks/{name}")
         if cell.cell_type == "code":
+            if "injected-parameters" in cell.metadata.get("tags", []):
+                cell.source = in_letters(cell.source)
             cell.outputs = [_folded(output) for output in cell.outputs]
     title = next((s.title for s in stages if s.name == name), name)
     resources = {

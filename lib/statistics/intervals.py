@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,8 @@ def limits_text(
 
     >>> limits_text([0.85, 0.93], ".1f", factor=100, pattern=IN_WORDS)
     '85.0 to 93.0'
+    >>> limits_text([-0.001, 0.1], "+.2f")
+    '[+0.00, +0.10]'
 
     Args:
         limits: low and high as in a JSON file; None, or an infinite number, for an open one.
@@ -86,7 +89,8 @@ def limits_text(
     """
     if limits is None or any(limit is None or not math.isfinite(limit) for limit in limits):
         return None
-    return pattern.format(*(format(factor * limit, form) for limit in limits))
+    no_sign = re.sub(r"^([+ ]?)", r"\1z", form)  # of a zero after rounding: never -0.00
+    return pattern.format(*(format(factor * limit, no_sign) for limit in limits))
 
 
 def estimate_text(estimate: float, limits: Sequence[float | None] | None, form: str = ".3f") -> str:

@@ -16,7 +16,7 @@ from lib.hub.fetching import fetch
 from lib.hub.sources import SourceError
 from lib.models.base_model import fallback_note
 from lib.report import charts, display
-from lib.report.html import harmless, problems_in, render
+from lib.report.html import harmless, in_letters, problems_in, render
 from lib.report.index import summarise
 from lib.report.runner import run_report
 from lib.runs.render import as_written
@@ -237,3 +237,17 @@ def test_a_password_of_a_proxy_is_never_said(
         fetch("modelscope:Qwen/Qwen3-0.6B", "main", "model")
     assert all(SECRET not in words for words in (str(refused.value), refused.value.why, *capsys.readouterr()))
     assert "a.invalid" in refused.value.why
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        (r'label_names = ["\u8d1f\u9762"]', 'label_names = ["负面"]'),
+        (r'x = "\ud83d\ude00"', 'x = "😀"'),
+        (r'x = "\\u4f60"', r'x = "\\u4f60"'),
+        (r'x = "\ud83d"', r'x = "\ud83d"'),
+    ],
+)
+def test_parameters_are_shown_in_their_letters(written: str, shown: str) -> None:
+    """papermill writes \\uXXXX; half of a pair is no letter."""
+    assert in_letters(written) == shown
