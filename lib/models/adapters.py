@@ -19,7 +19,7 @@ from lib.models.configurations import HEADS, read_adapter_configuration, refuse_
 from lib.models.gguf_file import TABLES
 from lib.models.weights import StoredTensor, infinite, largest_magnitude, read_file, read_object
 
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before the name of a base model's tensor."""
 _LOW_RANK = re.compile(

@@ -127,6 +127,11 @@ def load_tokenizer(path: Path, chat: bool = True) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def causal_model(model: Any) -> Any:
+    """The transformers model inside a PeftModel (LoRA layers stay in place), or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def load_model(
     path: Path, dtype: str = "auto", load_in_4bit: bool = False, adapter: Path | None = None, device: str | None = None
 ) -> PreTrainedModel:

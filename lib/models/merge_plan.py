@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError, refusal
-from lib.models.adapters import PREFIX, Adapter, AdapterShape, LowRank, folder_kind, read_adapter, shape_of
+from lib.models.adapters import CONFIG, PREFIX, Adapter, AdapterShape, LowRank, folder_kind, read_adapter, shape_of
 from lib.models.configurations import check_language_model, read_configuration
 from lib.models.weights import StoredTensor, Weights, largest_magnitude, open_weights
 from lib.runs.files import data_file
@@ -77,7 +77,7 @@ def plan_merge(base: Path, folder: Path | None) -> MergePlan:
     Raises:
         InputError: anything that `RULES` forbids and that headers can show; or a quantized base.
     """
-    whole = folder is not None and folder_kind(folder) == "model"
+    whole = folder is not None and not (folder / CONFIG).is_file() and folder_kind(folder) == "model"
     adapter = read_adapter(folder) if folder and not whole else None
     if adapter:
         refuse_unsupported(adapter)

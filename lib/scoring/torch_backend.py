@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from lib.models.head import output_head
+from lib.models.loading import causal_model
 from lib.runs.machine import return_freed_memory
 from lib.scoring.backend import Backend, Feed, Job, Run, common_prefix, cut, grouped
 
@@ -134,7 +135,7 @@ class TransformersBackend(Backend):
 
     def __init__(self, model: PreTrainedModel, batch_size: int = 32, name: str = "") -> None:
         self.model = model
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        causal = causal_model(model)
         self._decoder, self._device = causal.get_decoder(), causal.get_output_embeddings().weight.device
         self.batch_size = batch_size
         self.name = name or causal.config.name_or_path or type(causal).__name__

@@ -23,14 +23,14 @@ import numpy as np
 
 from lib.errors import InputError, refusal, refusing
 from lib.models import gguf_file
-from lib.models.adapters import WEIGHTS, Adapter, copy_weights
+from lib.models.adapters import CONFIG, WEIGHTS, Adapter, copy_weights
 from lib.models.gguf_file import read_metadata, read_tensors
 from lib.models.merge_plan import MergePlan, Update, plan_merge
-from lib.models.weights import StoredTensor, widen
+from lib.models.weights import StoredTensor, open_weights, widen
 from lib.runs.child import run_child, run_jobs
 from lib.runs.files import atomic_path, require_space, write_json
 from lib.runs.machine import llama_cpp_problem
-from lib.scoring.llama_backend import forget_errors, last_error, llama
+from lib.scoring.llama_backend import last_error, llama, open_model
 from lib.stages.convert import official
 from lib.stages.convert.convert import Conversion, check_output, header_of, verify, write_metadata
 from lib.stages.convert.tensors import ForeignModelError, GgufFile, PlannedTensor, read_convertible
@@ -86,13 +86,14 @@ def convert_adapter(
         raise InputError(f"{output} is an input file.", "another file.", "choose another name for the output.")
     alpha, factors = _scales(plan)
     require_space(output.parent, sum(t.size for t in adapter.tensors.values()) * 4, output.name)
-    converter = ""
+    loaded = converter = ""
     with refusing(OSError, "runs/no-output", output=output), atomic_path(output, alone=True) as temporary:
         config, sources = _config_or_sources(base, checkout)
         if config is not None:
-            loaded = _write(plan, adapter, config, temporary, outtype, alpha, factors)
+            _write(plan, adapter, config, temporary, outtype, alpha, factors)
+            loaded = _load_check(temporary, base)
         else:
-            loaded = _write_officially(adapter, base, temporary, outtype, alpha, factors, sources / SCRIPT)
+            _write_officially(adapter, base, temporary, outtype, alpha, factors, sources / SCRIPT)
             converter = f"{SCRIPT} of {official.called(sources)}"
     metadata, tensors = read_metadata(output), read_tensors(output)
     return AdapterReport(
@@ -151,8 +152,8 @@ def _write(
     outtype: str,
     alpha: float,
     factors: dict[str, float],
-) -> str:
-    """Write the file, check it, and say what llama.cpp made of it."""
+) -> None:
+    """Write the file and check that it holds what was planned."""
     tensors = _planned(plan, config, outtype, factors)
     writer = gguf.GGUFWriter(path=None, arch=config["model_type"])
     for tensor in tensors:
@@ -167,7 +168,6 @@ def _write(
         file.put_own()
         run_jobs(file.jobs(), lambda size: None)
     verify(path, {tensor.name: tensor.type.name for tensor in tensors})
-    return _load_check(path, plan.base.folder)
 
 
 def _planned(plan: MergePlan, config: dict[str, Any], outtype: str, factors: dict[str, float]) -> list[PlannedTensor]:
@@ -202,7 +202,7 @@ def _tensor(name: str, outtype: str, source: StoredTensor, values: np.ndarray | 
 
 def _write_officially(
     adapter: Adapter, base: Path, output: Path, outtype: str, alpha: float, factors: dict[str, float], script: Path
-) -> str:
+) -> None:
     """By llama.cpp's own script, which takes alpha as adapter_config.json says it."""
     if any(factor != 1 for factor in factors.values()):
         raise refusal("convert/several-alphas", adapter=adapter.folder, script=SCRIPT)
@@ -210,11 +210,10 @@ def _write_officially(
         copy = Path(name) / adapter.folder.resolve().name
         copy.mkdir()
         copy_weights(adapter, copy / WEIGHTS)
-        write_json(copy / "adapter_config.json", {**adapter.config, "lora_alpha": alpha})
+        write_json(copy / CONFIG, {**adapter.config, "lora_alpha": alpha})
         if (card := adapter.folder / "README.md").is_file():
             shutil.copyfile(card, copy / card.name)
         official.run_script(script, copy, output, outtype, ["--base", str(base.resolve())])
-    return ""
 
 
 def _load_check(path: Path, base: Path) -> str:
@@ -227,7 +226,7 @@ def _load_check(path: Path, base: Path) -> str:
         return f"not tried: {problem}"
     with tempfile.TemporaryDirectory(prefix="workbook-header-") as name:
         header = Path(name) / "base.gguf"
-        Conversion(base, plan_merge(base, None).base, header, "q8_0").write_header(header)
+        Conversion(base, open_weights(base), header, "q8_0").write_header(header)
         argument = {"path": str(path), "base": str(header)}
         what, function = "opening the adapter in llama.cpp", f"{__name__}:open_adapter_with_llama_cpp"
         run_child(function, argument, what, 600, heard=lambda line: None)
@@ -240,12 +239,8 @@ def open_adapter_with_llama_cpp(argument: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: llama.cpp refuses the adapter; with the last errors it logged.
     """
-    llama_cpp = llama()
-    forget_errors()
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.n_gpu_layers = 0
-    model = llama_cpp.llama_model_load_from_file(argument["base"].encode(), parameters)
-    if not model or not llama_cpp.llama_adapter_lora_init(model, argument["path"].encode()):
+    model = open_model(Path(argument["base"]), n_gpu_layers=0)
+    if not llama().llama_adapter_lora_init(model, argument["path"].encode()):
         why = last_error() or "no reason given"
         raise refusal("convert/llama-cpp-refuses", path=Path(argument["path"]).name, why=why)
     return {}

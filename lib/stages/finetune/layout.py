@@ -11,10 +11,11 @@ import torch
 
 from lib.errors import refusal
 from lib.models.head import has_plain_head, output_head
+from lib.models.loading import causal_model
 from lib.prompts.conversations import Encoded
 from lib.stages.finetune import batches
 from lib.stages.finetune.batches import Collate, Collator, PackedCollator
-from lib.stages.finetune.memory import HEAD_ROWS, causal_model
+from lib.stages.finetune.memory import HEAD_ROWS
 
 # Cross-entropy at the answer tokens only, without ever making the logits of the other positions.
 #

@@ -10,6 +10,7 @@ import psutil
 from lib.errors import refusal, refusing
 from lib.models.base_model import configuration_of, refuse_without_template
 from lib.models.configurations import refuse_other_task
+from lib.models.loading import causal_model
 from lib.models.unpack_source import read_source, transformers_config
 from lib.runs import machine
 from lib.runs.files import data_file, user_path
@@ -60,11 +61,6 @@ HEAD_ROWS = 256
 
 NF4_BITS = 4.127
 """Bits a weight in NF4 with double quantization: 4 + 8/64 + 32/(64·256) (QLoRA, Dettmers et al. 2023, §3)."""
-
-
-def causal_model(model: Any) -> Any:
-    """The transformers model inside a PeftModel (LoRA layers stay in place), or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def weights_of(model: Any) -> tuple[int, int, int]:

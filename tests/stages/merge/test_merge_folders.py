@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lib.errors import InputError
+from lib.models.merge_plan import plan_merge
 from lib.stages.merge.weights import merge_folders
+from tests import tiny_run
 
 
 def read_all(folder: Path) -> dict[str, torch.Tensor]:
@@ -232,3 +235,13 @@ def test_real_adapter(shared_data: Path, tmp_path: Path) -> None:
     assert changed == report.tensors_changed == 48
     assert report.scalings == {"4": 48}
     assert report.bytes_adapter == 2_162_688  # 24 · 8 · (896 + 896 + 896 + 128) float32
+
+
+def test_a_model_beside_an_adapter_does_not_take_its_place(tmp_path: Path) -> None:
+    """Trainers leave both in one folder; what adapter_config.json stands in is an adapter."""
+    tiny_run.make_base(tmp_path / "base")
+    tiny_run.make_adapter(tmp_path / "base", tmp_path / "adapter")
+    alone = plan_merge(tmp_path / "base", tmp_path / "adapter")
+    shutil.copyfile(tmp_path / "base" / "model.safetensors", tmp_path / "adapter" / "model.safetensors")
+    beside = plan_merge(tmp_path / "base", tmp_path / "adapter")
+    assert beside.trained is None and beside.updates.keys() == alone.updates.keys()
