@@ -37,6 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "OLoRA": {"init_lora_weights": "olora"},
     "LoRA+ 16": {"loraplus_lr_ratio": 16.0},
     "NEFTune 5": {"neftune_noise_alpha": 5.0},
+    "QLoRA": {"load_in_4bit": True, "merge_base": "dequantized"},
+    "LoftQ": {"load_in_4bit": True, "merge_base": "dequantized", "init_lora_weights": "loftq"},
     "full": {"finetuning_type": "full", "learning_rate": 5e-5},
 }
 

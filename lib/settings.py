@@ -73,6 +73,10 @@ OF_ADAPTERS = ("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio
 """Keys that ask for a variant of LoRA."""
 TAKEN_OUT = ("pissa", "olora")
 """Beginnings of `init_lora_weights` that take a part out of the base's weights and train that."""
+DEQUANTIZED = "dequantized"
+"""The merge_base of an adapter that goes into the weights as they were rounded to 4 bits."""
+LOFTQ = "loftq"
+"""The one that makes up for what rounding the base to 4 bits took."""
 SENTIMENT_PROMPT = "你是情感分析助手。"
 
 
@@ -254,6 +258,7 @@ class Settings(_Keys):
             "full_4bit": self.load_in_4bit and self.finetuning_type == FULL,
             "full_variant": self.finetuning_type == FULL and self.variants,
             "taken_out": self.load_in_4bit and str(self.init_lora_weights).startswith(TAKEN_OUT),
+            "loftq": self.init_lora_weights == LOFTQ and not (self.load_in_4bit and self.merge_base == DEQUANTIZED),
             "thinking": labelled and self.thinking,
             "prompt": not labelled and self.system_prompt == SENTIMENT_PROMPT,
         }

@@ -89,7 +89,9 @@ TALK = {"task": "dialogue", "dataset": "d.jsonl", "system_prompt": "x"}
         ({"folds": 5, "adapter": "some/adapter"}, ["folds trains a model for each part", "leave adapter out"]),
         ({"warmup_steps": 2.5}, ["warmup_steps", "whole number of updates", "2.5"]),
         ({"lr_scheduler_type": "cosinus"}, ["lr_scheduler_type", "cosinus"]),
-        ({"init_lora_weights": "loftq"}, ["init_lora_weights", "loftq", "pissa"]),
+        ({"init_lora_weights": "eva"}, ["init_lora_weights", "eva", "loftq", "pissa"]),
+        ({"init_lora_weights": "loftq"}, ["load_in_4bit: true and merge_base: dequantized"]),
+        ({"init_lora_weights": "loftq", "load_in_4bit": True}, ["fits no other base"]),
         ({"init_lora_weights": "olora", "load_in_4bit": True}, ["rounded to 4 bits anew", "init_lora_weights to true"]),
         (
             {"finetuning_type": "full", "adapter": "a/b"},

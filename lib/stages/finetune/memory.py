@@ -15,7 +15,7 @@ from lib.models.unpack_source import read_source, transformers_config
 from lib.runs import machine
 from lib.runs.files import data_file, user_path
 from lib.runs.machine import no_warnings, quiet
-from lib.settings import FULL, OFFLINE_BASE, Settings
+from lib.settings import FULL, LOFTQ, OFFLINE_BASE, Settings
 
 # Which layers get an adapter: the check of target_modules, for a training and for the advice before it.
 
@@ -43,7 +43,8 @@ def with_adapter(model: Any, settings: Settings) -> Any:
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=targets,
-        **settings.pick("use_rslora", "use_dora", "init_lora_weights"),
+        **settings.pick("use_rslora", "use_dora"),
+        init_lora_weights=settings.init_lora_weights == LOFTQ or settings.init_lora_weights,  # LoftQ begins as usual
         task_type="CAUSAL_LM",
     )
     with refusing(ValueError, "finetune/no-such-layers", settings=settings), no_warnings():

@@ -19,13 +19,14 @@ import psutil
 from lib.errors import InputError, refusal
 from lib.models.base_model import Base
 from lib.models.loading import load_model, load_tokenizer
+from lib.models.weights import open_weights
 from lib.progress import Progress, track
 from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import Task, read_task
 from lib.runs import machine
 from lib.runs.files import data_file, read_json, read_jsonl, require_space, write_json, write_jsonl
 from lib.runs.machine import device_peak, no_warnings, peak_memory, quiet
-from lib.settings import FULL, OF_ADAPTERS, Settings, yaml_value
+from lib.settings import FULL, LOFTQ, OF_ADAPTERS, Settings, yaml_value
 from lib.stages.finetune import checkpoints, memory, tracking
 from lib.stages.finetune.memory import with_adapter
 
@@ -135,12 +136,18 @@ def _new_model(base: Base, settings: Settings, dtype: str) -> Any:
     from transformers import set_seed
 
     from lib.stages.finetune.layout import train_whole
+    from lib.stages.finetune.lora_init import make_up_for_rounding
 
     whole = settings.finetuning_type == FULL
     model = load_model(base.path, dtype="float32" if whole else dtype, load_in_4bit=settings.load_in_4bit)
     model.config.use_cache = False
     set_seed(settings.training_seed)
-    return train_whole(model, dtype) if whole else with_adapter(model, settings)
+    if whole:
+        return train_whole(model, dtype)
+    adapted = with_adapter(model, settings)
+    if settings.init_lora_weights == LOFTQ:
+        make_up_for_rounding(adapted, open_weights(base.path))
+    return adapted
 
 
 def _plan(model: Any, settings: Settings, rows: list[Encoded], prefix: int) -> dict[str, Any]:

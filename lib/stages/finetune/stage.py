@@ -28,7 +28,7 @@ from lib.runs.machine import quiet, read_samples, resources_recorded, summary
 from lib.runs.render import render
 from lib.runs.run import Product, ProductDraft, Run
 from lib.select.choice import BEST_OF, Best, best_of, write_analysis
-from lib.settings import FULL, UNTRAINED, Settings
+from lib.settings import DEQUANTIZED, FULL, UNTRAINED, Settings
 from lib.stages.finetune import checkpoints, tracking
 from lib.stages.finetune.processes import made_once, train_in_processes
 from lib.stages.finetune.session import TrainingInputs, train, until_it_fits
@@ -195,6 +195,8 @@ def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses |
     if base.offline:
         draft.facts[PRETRAINING] = round(time.monotonic() - began, 2)
     if settings.load_in_4bit and (problem := machine.bitsandbytes_problem()):
+        if settings.merge_base == DEQUANTIZED:
+            raise refusal("finetune/no-4-bits", problem=problem)
         draft.notes.append(
             f"QLoRA was asked for, but 4-bit layers do not work here ({problem}): plain LoRA was trained instead."
         )

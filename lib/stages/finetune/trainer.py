@@ -31,7 +31,7 @@ from lib.settings import Settings
 from lib.stages.finetune import checkpoints
 from lib.stages.finetune.batches import Collate, GroupedOrder, MicroBatches
 from lib.stages.finetune.layout import answer_loss, arithmetic
-from lib.stages.finetune.taken_out import TakenOut
+from lib.stages.finetune.lora_init import TakenOut
 
 _SCALER: dict[str, Any] = {"init_scale": 2.0**12, "growth_interval": 100}
 """The loss scale of float16 begins below torch's (2¹⁶, 2000), so that a short training loses no updates to finding it;

@@ -22,10 +22,11 @@ from lib.progress import Progress
 from lib.prompts.tasks import Task
 from lib.runs.machine import quiet
 from lib.scoring.perplexity import kl_divergence
+from lib.settings import DEQUANTIZED
 from lib.statistics.intervals import Interval, paired_bootstrap, wilson
 
-NF4, ORIGINAL, DEQUANTIZED = "adapter on the NF4 base", "original", "dequantized"
-"""The trained model, and the two merges, as `merge_base` names them."""
+NF4, ORIGINAL = "adapter on the NF4 base", "original"
+"""The trained model, and one of the two merges, as `merge_base` names them; the other is `DEQUANTIZED`."""
 
 ROWS, POSITIONS = 200, 4
 """Validation rows on which they are compared, and last positions of each prompt whose distributions are."""

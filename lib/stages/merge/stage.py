@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from lib.prompts.tasks import language_of, read_task, spread
 from lib.runs.files import read_json, read_jsonl, write_json, write_text
 from lib.runs.render import render
 from lib.runs.run import Product, ProductDraft, Run
-from lib.settings import FULL, UNTRAINED, Settings
-from lib.stages.merge.nf4 import DEQUANTIZED, ORIGINAL, ROWS, Nf4Comparison, compare_merges, dequantize_base
+from lib.settings import DEQUANTIZED, FULL, LOFTQ, UNTRAINED, Settings
+from lib.stages.merge.nf4 import ORIGINAL, ROWS, Nf4Comparison, compare_merges, dequantize_base
 from lib.stages.merge.proof import MergeProof, prove_merge
 from lib.stages.merge.verify import MergeCheck, check_merge
 from lib.stages.merge.weights import MergeReport, merge_folders
@@ -44,7 +45,8 @@ class MergeRecord:
         check: what rounding the weights costs: answers beside those of base + adapter.
         method: how the adapter was trained ("LoRA", "QLoRA"); "full", "none" where there is none.
         merge_base: into which weights it was merged ("original", "dequantized").
-        nf4: both ways to merge an adapter of an NF4 base, measured; None for an adapter of a 16-bit base.
+        nf4: both ways to merge an adapter of an NF4 base, measured; None for an adapter of a 16-bit base, and of LoftQ,
+            which has one way.
     """
 
     report: MergeReport
@@ -106,6 +108,9 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
     method, adapter = str(made.entry.facts.get("method", "LoRA")), None if run.untrained else made.path
     if method != "QLoRA" and merge_base != ORIGINAL:
         raise refusal("merge/no-nf4-base", merge_base=merge_base)
+    loftq = made.entry.parameters.get("init_lora_weights") == LOFTQ
+    if loftq and merge_base != DEQUANTIZED:
+        raise refusal("merge/loftq", merge_base=merge_base)
     task, dtype = read_task(data.path), None if merge_dtype == "base" else merge_dtype
     rows, tokenizer = read_jsonl(data.path / "validation.jsonl"), load_tokenizer(data.path / "tokenizer")
     prompts = [task.probe_ids(tokenizer, row) for row in spread(rows, CHECK_PROMPTS)]
@@ -114,12 +119,15 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
         scratch = Path(name)
         if method == "QLoRA":
             folders[DEQUANTIZED] = dequantize_base(base.path, scratch / "dequantized-base")
+        if loftq:
+            del folders[ORIGINAL]  # that never lost what the adapter makes up for
+            adapter = _on_rounded_base(made.path, scratch / "adapter")
         merged, found = {key: scratch / key for key in folders}, {}
         for key, folder in folders.items():
             report = merge_folders(folder, adapter, merged[key], dtype, tokenizer=data.path / "tokenizer")
             proof = prove_merge(folder, adapter, merged[key], SAFETENSORS[dtype] if dtype else None)
             found[key] = report, proof, check_merge(folder, adapter, merged[key], prompts, report.dtype)
-        if method == "QLoRA":
+        if method == "QLoRA" and not loftq:
             nf4 = compare_merges(base.path, made.path, merged, spread(rows, ROWS), task, tokenizer)
         for path in sorted(merged[merge_base].iterdir()):
             path.rename(work.folder / path.name)
@@ -142,6 +150,14 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
     work.facts |= {"merge_base": merge_base} | ({"chosen": chosen} if chosen else {})
     measured = ("max_abs_log_prob", "mean_kld", "argmax_agreement")
     work.metrics = {"bytes": report.bytes_merged, **{key: getattr(check, key) for key in measured}}
+
+
+def _on_rounded_base(adapter: Path, folder: Path) -> Path:
+    """A copy of LoftQ's adapter without its mark: on the rounded base it is plain LoRA."""
+    shutil.copytree(adapter, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    config = read_json(folder / "adapter_config.json")
+    write_json(folder / "adapter_config.json", {key: value for key, value in config.items() if key != "loftq_config"})
+    return folder
 
 
 def _read(product: Product) -> MergeResult:

@@ -22,7 +22,7 @@ from lib.runs.files import link_or_copy, read_json, remove_abandoned, sha256_fil
 from lib.runs.manifest import versions
 from lib.runs.render import render
 from lib.runs.run import Product, ProductDraft, Run
-from lib.settings import GRID_SIZABLE, NF4, Settings
+from lib.settings import DEQUANTIZED, GRID_SIZABLE, NF4, Settings
 from lib.stages.quantize import files
 from lib.stages.quantize.calibration import AUTO, matrix_identity, run_options
 from lib.stages.quantize.calibration import importance_matrix as importance_matrix
@@ -437,5 +437,5 @@ def _rounded_start(run: Run) -> str:
     others. Those weights are stored nowhere, and from the base's own they differ by the rounding to NF4 too, which
     would pass for fine-tuning."""
     merged = run.manifest.entries().get("merged")
-    rounded = merged is not None and merged.facts.get("merge_base") == "dequantized"
+    rounded = merged is not None and merged.facts.get("merge_base") == DEQUANTIZED
     return _note("rounded") if rounded else ""

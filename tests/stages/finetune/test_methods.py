@@ -19,7 +19,7 @@ from transformers.integrations.neftune import activate_neftune
 
 from lib.errors import InputError
 from lib.models.base_model import base_of
-from lib.models.loading import load_tokenizer
+from lib.models.loading import load_model, load_tokenizer
 from lib.models.merge_plan import plan_merge
 from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl
@@ -27,11 +27,12 @@ from lib.runs.machine import bitsandbytes_problem
 from lib.settings import yaml_value
 from lib.stages.finetune.batches import Collator
 from lib.stages.finetune.layout import answer_loss, choose_layout
+from lib.stages.finetune.lora_init import TakenOut
 from lib.stages.finetune.memory import advice, estimate
 from lib.stages.finetune.session import _new_model
 from lib.stages.finetune.stage import finetune, made_with
-from lib.stages.finetune.taken_out import TakenOut
 from lib.stages.finetune.trainer import AnswerTrainer, training_arguments
+from lib.stages.merge.nf4 import dequantize_base
 from lib.stages.merge.proof import prove_merge
 from lib.stages.merge.stage import merge
 from lib.stages.merge.weights import merge_folders
@@ -129,9 +130,11 @@ def test_the_adapter_is_merged_as_peft_merges_it_and_answers_as_it_was_trained(
         assert (own - AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(ids).logits).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "LoftQ"])
 def test_an_interrupted_training_ends_as_if_it_had_not_been(method: str, runs, monkeypatch) -> None:
-    settings = tiny_settings(**METHODS[method])
+    if method == "LoftQ" and (problem := bitsandbytes_problem()):
+        pytest.skip(problem)
+    settings = tiny_settings(**METHODS.get(method, LOFTQ))
     expected = finetune(settings, runs("fresh"))
     shutil.copytree(runs("fresh").folder / "data", runs("again").folder / "data")
     (runs("again").folder / "manifest.json").write_text((runs("broken").folder / "manifest.json").read_text())
@@ -317,6 +320,73 @@ def test_variants_over_a_base_in_4_bits(method: str, runs, tmp_path: Path) -> No
     merge_folders(base, result.product.path, tmp_path / "merged")
     found, expected = load_torch(tmp_path / "merged" / "model.safetensors"), merged_by_peft(base, result.product.path)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+
+
+LOFTQ = {"load_in_4bit": True, "dtype": "auto", "init_lora_weights": "loftq", "merge_base": "dequantized"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True, "lora_alpha": 3}, {"use_dora": True}])
+def test_loftq_begins_with_what_4_bits_took(changes: dict[str, Any], runs) -> None:
+    """s·B·A is the best of its rank for W − Q, by the theorem of Eckart and Young; and trains on from there."""
+    if problem := bitsandbytes_problem():
+        pytest.skip(problem)
+    import bitsandbytes as bnb
+
+    base = base_of(runs("fresh"))
+    model, wide = (
+        _new_model(base, tiny_settings(**LOFTQ, **changes), "float32"),
+        load_torch(base.path / "model.safetensors"),
+    )
+    layers = {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    for name, layer in layers.items():
+        rounded = layer.get_base_layer().weight
+        lost = (
+            wide[f"{name}.weight"].float() - bnb.functional.dequantize_4bit(rounded.data, rounded.quant_state).float()
+        )
+        rest = lost - layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        tail = np.linalg.svd(lost.numpy(), compute_uv=False)[4:]
+        assert rest.norm().item() == pytest.approx(math.sqrt((tail**2).sum()), rel=1e-4)
+        if changes.get("use_dora"):
+            told = layer.lora_magnitude_vector["default"].weight
+            torch.testing.assert_close(told, (wide[f"{name}.weight"].float() - rest).norm(dim=1), rtol=1e-2, atol=1e-3)
+    assert len(layers) == 7
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}])
+def test_loftq_is_merged_into_the_rounded_base_alone(changes: dict[str, Any], runs, tmp_path: Path, trainers) -> None:
+    if problem := bitsandbytes_problem():
+        pytest.skip(problem)
+    run, settings = (
+        runs("fresh"),
+        tiny_settings(**LOFTQ | {"dtype": "float32"}, num_train_epochs=1.0, save_steps=4, **changes),
+    )
+    result, base = finetune(settings, run), base_of(run).path
+    assert 'init_lora_weights: "loftq"' in result.method
+    with pytest.raises(InputError, match="belongs to a base rounded to 4 bits"):
+        merge_folders(base, result.product.path, tmp_path / "refused")
+    with pytest.raises(InputError, match="makes up for a rounding"):
+        merge(tiny_settings(), run)
+    merged = merge(settings, run)
+    assert merged.nf4 is None and merged.merge_base == "dequantized"
+    rounded = dequantize_base(base, tmp_path / "rounded")
+    found, expected = (
+        load_torch(merged.product.path / "model.safetensors"),
+        merged_by_peft(rounded, result.product.path),
+    )
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+    again = load_model(base, dtype="float32", load_in_4bit=True, adapter=result.product.path)
+    trainers[-1]._load_from_checkpoint(str(result.product.path / "checkpoints" / f"checkpoint-{result.chosen_step}"))
+    with torch.no_grad():  # as peft loads it over the base in 4 bits
+        torch.testing.assert_close(
+            again(ids).logits, trainers[-1].model.eval()(input_ids=ids).logits, rtol=0, atol=1e-4
+        )
+
+
+def test_loftq_without_4_bit_layers_is_refused_before_the_training(runs, monkeypatch) -> None:
+    monkeypatch.setattr("lib.runs.machine.bitsandbytes_problem", lambda: "none here")
+    with pytest.raises(InputError, match="4-bit layers do not work here"):
+        finetune(tiny_settings(**LOFTQ), runs("fresh"))
 
 
 def test_the_memory_of_a_whole_model_is_reckoned_with(runs) -> None:

@@ -1,14 +1,18 @@
-"""PiSSA and OLoRA: the pair begins as a part of the base, and is stored as plain LoRA on the base as it was.
+"""Beginnings of the pair A, B that depend on the base's weights: PiSSA and OLoRA, LoftQ.
 
-peft takes s·B₀·A₀ out of every targeted weight W, and W − s·B₀·A₀ + s·B·A is trained: PiSSA takes the largest singular
-values (Meng et al. 2024, arXiv 2404.02948), OLoRA the first columns of a QR decomposition (Büyükakyüz 2024, arXiv
-2406.01775). That is
+PiSSA and OLoRA begin as a part of the base, and are stored as plain LoRA on the base as it was. peft takes s·B₀·A₀ out
+of every targeted weight W, and W − s·B₀·A₀ + s·B·A is trained: PiSSA takes the largest singular values (Meng et al.
+2024, arXiv 2404.02948), OLoRA the first columns of a QR decomposition (Büyükakyüz 2024, arXiv 2406.01775). That is
 
     W + s·[B, −B₀]·[A; A₀],
 
 a LoRA of twice the rank and alpha on W itself: what peft's `path_initial_model_for_weight_conversion` makes at the end
 of a training. Here every checkpoint is stored so. It merges into the original base, and it holds both pairs, so that an
 interrupted training goes on exactly. In 16 bits W − s·B₀·A₀ was rounded in training, and W is not: half a last place.
+
+LoftQ (Li et al. 2023, arXiv 2310.08659, with one step) begins as the best pair of its rank for what rounding the base
+to 4 bits took, W − Q. It is a LoRA on Q, the base that was trained on, and nothing else: merged into W it would add
+again what W never lost.
 """
 
 from __future__ import annotations
@@ -22,10 +26,15 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from lib.models.adapters import WEIGHTS
+from lib.models.weights import Weights
+from lib.progress import Progress
 from lib.runs.files import read_json, write_json
 from lib.settings import TAKEN_OUT
 
 CONFIGURATION = "adapter_config.json"
+LOFTQ_CONFIG = {"loftq_bits": 4, "loftq_iter": 1}
+"""Mark in adapter_config.json of an adapter that belongs to the rounded base alone. `init_lora_weights` stays true
+there: peft would begin the pair anew when it loads the adapter."""
 
 
 class TakenOut:
@@ -80,3 +89,33 @@ class TakenOut:
 def _pairs(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copies of the matrices A and B."""
     return {name: t.detach().cpu().clone() for name, t in tensors.items() if ".lora_A." in name or ".lora_B." in name}
+
+
+def make_up_for_rounding(model: Any, weights: Weights) -> None:
+    """LoftQ: let s·B·A of every adapted layer in 4 bits begin as W − Q, as far as its rank goes.
+
+    That is what peft's `replace_lora_weights_loftq` does on CUDA, but for the scale s, which that leaves out: with
+    alpha = 2r it begins as far from W as before, on the other side.
+
+    Args:
+        model: a PeftModel over a base in NF4, before its first update. weights: of the base as it was.
+    """
+    import bitsandbytes as bnb
+    from peft.tuners.lora import Linear4bit
+
+    layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, Linear4bit)}
+    with Progress("beginning with what 4 bits took (layers)", len(layers)) as progress, torch.no_grad():
+        for name, layer in layers.items():
+            rounded = layer.get_base_layer().weight
+            lost = weights.tensors[f"{name}.weight"].tensor().to(rounded.device, torch.float32)
+            lost -= bnb.functional.dequantize_4bit(rounded.data, rounded.quant_state).float()
+            u, s, v = torch.linalg.svd(lost, full_matrices=False)
+            for adapter, rank in layer.r.items():
+                root = (s[:rank] / layer.scaling[adapter]).sqrt()
+                layer.lora_A[adapter].weight.copy_(root[:, None] * v[:rank])
+                layer.lora_B[adapter].weight.copy_(u[:, :rank] * root)
+                if adapter in layer.lora_variant:  # the length of DoRA's rows
+                    layer.lora_variant[adapter].init(layer, adapter)
+            progress.advance()
+    for config in model.peft_config.values():
+        config.loftq_config = LOFTQ_CONFIG
