@@ -244,6 +244,7 @@ class Settings(_Keys):
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> Settings:
         part = info.context == PART and "task" not in self.model_fields_set
+        rounded = self.merge_base == DEQUANTIZED or info.context == PART and "merge_base" not in self.model_fields_set
         labelled, needing = self.task == "classification", [name for name in self.ladder if name in IMATRIX_TYPES]
         found = {
             "matrix": needing and self.imatrix in ("", "none"),
@@ -258,7 +259,7 @@ class Settings(_Keys):
             "full_4bit": self.load_in_4bit and self.finetuning_type == FULL,
             "full_variant": self.finetuning_type == FULL and self.variants,
             "taken_out": self.load_in_4bit and str(self.init_lora_weights).startswith(TAKEN_OUT),
-            "loftq": self.init_lora_weights == LOFTQ and not (self.load_in_4bit and self.merge_base == DEQUANTIZED),
+            "loftq": self.init_lora_weights == LOFTQ and not (self.load_in_4bit and rounded),
             "thinking": labelled and self.thinking,
             "prompt": not labelled and self.system_prompt == SENTIMENT_PROMPT,
         }

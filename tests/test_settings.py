@@ -229,6 +229,15 @@ def test_notebook_variables_and_injected_unknown_names() -> None:
         settings.from_notebook(namespace)
 
 
+def test_a_notebook_does_not_know_what_another_one_is_told() -> None:
+    """02 is not asked into which weights 04 merges; 04, which is, and a whole file are."""
+    own = {"init_lora_weights": "loftq", "load_in_4bit": True, "In": []}
+    assert settings.from_notebook(own).init_lora_weights == "loftq"
+    for wrong in ({"merge_base": "original"}, {"load_in_4bit": False}):
+        with pytest.raises(InputError, match="fits no other base"):
+            settings.from_notebook(own | wrong)
+
+
 def test_the_run_of_notebooks_is_named_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

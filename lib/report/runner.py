@@ -31,7 +31,6 @@ from lib.runs.run import Run, open_run
 from lib.scoring.word_lists import SHIPPED_PROMPTS, SHIPPED_TERMS, prompt_set, read_prompts, read_terms
 from lib.settings import OFFLINE_BASE, SAMPLES, Settings
 from lib.stages.finetune.stage import made_with
-from lib.stages.finetune.tracking import refuse_absent
 
 # Around a report: alone in its folder, progress on the terminal.
 
@@ -167,9 +166,10 @@ def ready(settings: Settings) -> Settings:
     """Settings whose paths are absolute where notebooks, which run in the project's root, would find another file.
 
     Raises:
-        InputError: a list or a matrix that cannot be read, a tracker that is not installed: refused before hours of
-            training go by.
+        InputError: a list or a matrix that cannot be read, a tracker or 4-bit layers that a training needs and that are
+            not here: refused before hours of training go by.
     """
+    from lib.stages.finetune.stage import refuse_absent
     from lib.stages.quantize.calibration import matrix_file
 
     def absolute(key: str, text: Any) -> Any:
@@ -179,7 +179,7 @@ def ready(settings: Settings) -> Settings:
         return str(found) if text[0] == "~" or (found.exists() and found != (files.PROJECT / text).resolve()) else text
 
     matrix_file(settings)
-    refuse_absent(settings.report_to)
+    refuse_absent(settings)
     if settings.task != "classification":
         read_terms(settings.terms)
         read_prompts(prompt_set(settings))

@@ -28,7 +28,7 @@ from lib.runs.machine import quiet, read_samples, resources_recorded, summary
 from lib.runs.render import render
 from lib.runs.run import Product, ProductDraft, Run
 from lib.select.choice import BEST_OF, Best, best_of, write_analysis
-from lib.settings import DEQUANTIZED, FULL, UNTRAINED, Settings
+from lib.settings import DEQUANTIZED, FULL, LOFTQ, UNTRAINED, Settings
 from lib.stages.finetune import checkpoints, tracking
 from lib.stages.finetune.processes import made_once, train_in_processes
 from lib.stages.finetune.session import TrainingInputs, train, until_it_fits
@@ -170,7 +170,7 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses | None = None) -> Fi
     """
     if settings.adapter:
         return FinetuneResult.read(adopt(settings, run))
-    tracking.refuse_absent(settings.report_to)
+    refuse_absent(settings)
     if settings.finetuning_type == UNTRAINED:
         return FinetuneResult.read(_leave_untrained(run, settings.force))
 
@@ -187,6 +187,18 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses | None = None) -> Fi
     return FinetuneResult.read(made_once(make, run, settings.num_processes))
 
 
+def refuse_absent(settings: Settings) -> None:
+    """Refuse, before hours of training go by, what it needs and this machine lacks.
+
+    Raises:
+        InputError: a tracker that is not installed; 4-bit layers, where plain LoRA cannot stand in for them.
+    """
+    tracking.refuse_absent(settings.report_to)
+    needed = settings.merge_base == DEQUANTIZED or settings.init_lora_weights == LOFTQ
+    if settings.load_in_4bit and needed and (problem := machine.bitsandbytes_problem()):
+        raise refusal("finetune/no-4-bits", problem=problem)
+
+
 def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses | None) -> None:
     """Train, and make the chosen checkpoint the product."""
     quiet()  # also where other processes train: this one loads the same libraries
@@ -195,8 +207,6 @@ def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses |
     if base.offline:
         draft.facts[PRETRAINING] = round(time.monotonic() - began, 2)
     if settings.load_in_4bit and (problem := machine.bitsandbytes_problem()):
-        if settings.merge_base == DEQUANTIZED:
-            raise refusal("finetune/no-4-bits", problem=problem)
         draft.notes.append(
             f"QLoRA was asked for, but 4-bit layers do not work here ({problem}): plain LoRA was trained instead."
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def reporting(name: str, folder: Path) -> Iterator[None]:
     added = {key: value for key, value in variables.items() if key not in os.environ}
     os.environ.update(added)
     try:
+        if name == "swanlab":  # transformers 5.17 asks 0.8 for its run before there is one, which it refuses to answer
+            import_module(name).init()
         yield
     finally:
         for key in added:

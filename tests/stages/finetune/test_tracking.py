@@ -76,3 +76,16 @@ def test_tensorboard_gets_the_curves_and_the_product_is_the_same(runs) -> None:
     losses = {row["step"]: row["eval_loss"] for row in result.history if "eval_loss" in row}
     assert {e.step: e.value for e in events.Scalars("eval/loss")} == pytest.approx(losses, rel=1e-6)
     assert not list(result.product.path.rglob("events.out*"))
+
+
+@pytest.mark.parametrize("name", [name for name in TRACKERS if name != "tensorboard"])
+def test_another_tracker_writes_into_its_folder_and_the_product_is_the_same(name: str, runs, monkeypatch) -> None:
+    if not any(map(machine.has_module, TRACKERS[name]["packages"])):
+        pytest.skip(f"{name} is not installed")
+    for key in TRACKERS[name]["variables"]:
+        monkeypatch.delenv(key, raising=False)
+    run = runs("fresh")
+    result = finetune(tiny_settings(report_to=name), run)
+    assert same(weights(result.product.path), weights(runs("straight").folder / "adapter"))
+    written = [path for path in (run.folder / "tracking" / name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in written) > 1000
