@@ -244,7 +244,7 @@ class Settings(_Keys):
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> Settings:
         part = info.context == PART and "task" not in self.model_fields_set
-        rounded = self.merge_base == DEQUANTIZED or info.context == PART and "merge_base" not in self.model_fields_set
+        rounded = self.merge_base == DEQUANTIZED or (info.context == PART and "merge_base" not in self.model_fields_set)
         labelled, needing = self.task == "classification", [name for name in self.ladder if name in IMATRIX_TYPES]
         found = {
             "matrix": needing and self.imatrix in ("", "none"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,72 @@ def write_qwen35(folder: Path, **changes: Any) -> Path:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     make_tokenizer(folder)
     return folder
+
+
+def write_gemma3(folder: Path) -> Path:
+    """Gemma 3 with pictures, as transformers stores it: the text's tensors are named otherwise than Qwen3.5's."""
+    import torch
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {key: value for key, value in TEXT.items() if "linear" not in key and key not in ("rope_parameters",)}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={**text, "sliding_window": 16},
+        vision_config={**vision, "image_size": 32, "patch_size": 16},
+        mm_tokens_per_image=4,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration._from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def logits(*folders: Path) -> list[Any]:
+    """Of the same ids, as transformers reads each folder."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(24)[None] * 7 % 512
+    with torch.no_grad():
+        models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in folders]
+        return [model(input_ids=ids).logits for model in models]
+
+
+def test_gemma_3_answers_as_the_whole_model(tmp_path: Path, home: Path) -> None:
+    import torch
+
+    whole = write_gemma3(tmp_path / "whole")
+    base = resolve_base(str(whole))
+    assert json.loads((base.path / "config.json").read_text())["architectures"] == ["Gemma3ForCausalLM"]
+    assert base.taken is not None and base.taken["left_out"].keys() == {"vision_tower", "multi_modal_projector"}
+    first, second = logits(whole, base.path)
+    assert first.std() > 0.1 and torch.equal(first, second)
+    check_base_folder(whole)
+
+
+@pytest.mark.parametrize("write", [write_qwen35, write_gemma3])
+def test_a_folder_in_shards_is_taken_like_one_of_a_file(write: Any, tmp_path: Path, home: Path) -> None:
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    whole = write(tmp_path / "whole")
+    sharded = tmp_path / "sharded"
+    shutil.copytree(whole, sharded, ignore=shutil.ignore_patterns("*.safetensors*"))
+    AutoModelForImageTextToText.from_pretrained(whole, dtype=torch.float32).save_pretrained(
+        sharded, max_shard_size="100KB"
+    )
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    taken = [resolve_base(str(folder)).path for folder in (whole, sharded)]
+    one, many = (open_weights(folder) for folder in taken)
+    assert one.tensors.keys() == many.tensors.keys()
+    assert all(torch.equal(t.tensor(), many.tensors[name].tensor()) for name, t in one.tensors.items())
+    (sharded / "model.safetensors.index.json").unlink()
+    with pytest.raises(InputError, match="index"):
+        check_base_folder(sharded)
 
 
 def test_names_of_the_parts() -> None:
