@@ -102,7 +102,7 @@ def _exporter() -> HTMLExporter:
     )
     exporter.register_filter("code_caption", code_caption)
     exporter.register_filter("inert", inert)
-    exporter.register_filter("unbroken", unbroken)
+    exporter.register_filter("unbroken", lambda html: whole(unbroken(html)))
     return exporter
 
 
@@ -115,6 +115,14 @@ def _headed(found: list[Section]) -> list[Section]:
 
 
 _ESCAPED = re.compile(r"(?<!\\)(?:\\u[0-9a-fA-F]{4})+")
+
+
+_HYPHENED = re.compile(r"(?<![\w./-])(?:\d+(?:\.\d+)?e-\d+|\d{4}-\d\d-\d\d)(?![\w/-])(?=[^<>]*(?:<|$))")
+
+
+def whole(html: str) -> str:
+    """HTML whose lines do not end at the hyphen of an exponent or of a date in its words."""
+    return _HYPHENED.sub(r'<span class="whole">\g<0></span>', html)
 
 
 def in_letters(source: str) -> str:

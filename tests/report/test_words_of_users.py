@@ -16,7 +16,7 @@ from lib.hub.fetching import fetch
 from lib.hub.sources import SourceError
 from lib.models.base_model import fallback_note
 from lib.report import charts, display
-from lib.report.html import harmless, in_letters, problems_in, render
+from lib.report.html import harmless, in_letters, problems_in, render, whole
 from lib.report.index import summarise
 from lib.report.runner import run_report
 from lib.runs.render import as_written
@@ -251,3 +251,10 @@ def test_a_password_of_a_proxy_is_never_said(
 def test_parameters_are_shown_in_their_letters(written: str, shown: str) -> None:
     """papermill writes \\uXXXX; half of a pair is no letter."""
     assert in_letters(written) == shown
+
+
+def test_lines_do_not_end_inside_an_exponent_or_a_date() -> None:
+    """In words, that is: an attribute, a file's name and a hash stay what they are."""
+    assert whole("<p>6.7e-09 nats, 2026-11-30</p>").count('<span class="whole">') == 2
+    for text in ('<a href="x" title="on 2026-11-30">x</a>', "<p>log-2026-11-30.txt, 08c7e-05b, 12-13</p>"):
+        assert whole(text) == text
