@@ -99,7 +99,11 @@ def recommend(
         worse=[entry for entry in order if verdict.get(entry["type"]) == noninferiority.WORSE],
         **{
             f"{name}_folders": [entry for entry in folders if verdict.get(entry["type"]) == word]
-            for name, word in (("open", noninferiority.NOT_SHOWN), ("worse", noninferiority.WORSE))
+            for name, word in (
+                ("good", noninferiority.GOOD_ENOUGH),
+                ("open", noninferiority.NOT_SHOWN),
+                ("worse", noninferiority.WORSE),
+            )
         },
     )
     return {

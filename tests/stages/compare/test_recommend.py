@@ -117,7 +117,7 @@ def test_the_sequence_ends_at_the_first_that_is_not_good_enough() -> None:
     assert found["type"] == "Q8_0" and found["verdicts"]["Q3_K_M"] == "not shown"
     first = answer(files({"Q8_0": [*range(9)], "Q4_K_M": []}))
     assert first["type"] is None and first["reason"] == "not shown"
-    assert first["headline"] == "No file is shown to lose less than 1 point."
+    assert first["headline"] == "No GGUF file is shown to lose less than 1 point."
     assert (
         "Q8_0, 53.0 MB, could lose up to 1.57 points; about 60,000 rows in all could tell. Worse: Q8_0."
         in first["text"]
@@ -232,7 +232,7 @@ def test_answers_without_labels() -> None:
     assert recommend(ANSWER_PERPLEXITY, entries[0], entries[1:], 1.0, 7.0)["reason"] == "unlearned"
     tight = recommend(ANSWER_PERPLEXITY, entries[0], entries[1:2], 0.4, 50.0)
     assert tight["type"] is None and 100 < tight["rows_needed"] < 2_000
-    assert tight["headline"] == "No file is shown to lose less than 0.4 % of answer perplexity."
+    assert tight["headline"] == "No GGUF file is shown to lose less than 0.4 % of answer perplexity."
     assert re.search(
         r"Q8_0, 9.00 MB, could raise .* by up to 0.47 %; about [\d,]+ rows in all could tell", tight["text"]
     )
@@ -243,6 +243,16 @@ def test_answers_without_labels() -> None:
     unknown = sixty_words(recommend(ANSWER_PERPLEXITY, entries[0], [few], 1.0, 50.0))
     assert unknown["rows_needed"] is None and "could raise answer perplexity by any amount." in unknown["text"]
     assert "answer perplexity 0.00 %, without a limit" in unknown["details"]
+
+
+def test_a_folder_that_is_good_enough_is_named_where_no_file_is() -> None:
+    """The figure shows it as good enough; the headline speaks of GGUF files."""
+    entries = files({"Q8_0": [*range(9)], "int8": []})
+    entries[-1]["kind"] = "folder"
+    found = answer(entries)
+    assert found["headline"] == "No GGUF file is shown to lose less than 1 point."
+    assert "Good enough, of folders for other programs: int8." in found["text"]
+    assert "Good enough, of folders" not in answer(files({"Q8_0": []}))["text"]
 
 
 def test_small_data_get_an_answer_of_another_kind() -> None:
@@ -293,7 +303,7 @@ def test_pick(size: float | None, loss: float, chosen: str | None, reason: str) 
     best = "the smallest file that is good enough" if loss == 1.0 else "the reference itself"
     assert found["type"] is not None or sixty_words(found)["headline"].startswith(f"None: {best}")
     assert ("Take" in found["headline"]) == (chosen in ("Q4_K_M", "Q3_K_M"))
-    assert ("No file is shown to lose less than 0.1 points." in found["headline"]) == (loss == 0.1)
+    assert ("No GGUF file is shown to lose less than 0.1 points." in found["headline"]) == (loss == 0.1)
 
 
 def test_a_file_that_is_good_enough_for_the_user_is_not_called_worse() -> None:
