@@ -372,7 +372,7 @@ def _name_points(ax: Any, points: Mapping[str, tuple[float, float]]) -> None:
             free = not any(box.overlaps(other) for other in (*taken, *marks))
             if free and inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1:
                 break
-        taken.append(box)
+        taken.append(box.padded(6))  # pixels: two names side by side are not read as one
         if (x, y) != _DISTANCES[0]:
             line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
             ax.annotate("", place, (x * right, y * above), textcoords="offset points", arrowprops=line, zorder=1)
