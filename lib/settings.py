@@ -257,6 +257,7 @@ class Settings(_Keys):
             "untrained_adapter": self.adapter and self.finetuning_type == UNTRAINED,
             "full_adapter": self.adapter and self.finetuning_type == FULL,
             "full_4bit": self.load_in_4bit and self.finetuning_type == FULL,
+            "qat": self.qat != "none" and self.finetuning_type != FULL,
             "full_variant": self.finetuning_type == FULL and self.variants,
             "taken_out": self.load_in_4bit and str(self.init_lora_weights).startswith(TAKEN_OUT),
             "loftq": self.init_lora_weights == LOFTQ and not (self.load_in_4bit and rounded),

@@ -90,6 +90,7 @@ TALK = {"task": "dialogue", "dataset": "d.jsonl", "system_prompt": "x"}
         ({"warmup_steps": 2.5}, ["warmup_steps", "whole number of updates", "2.5"]),
         ({"lr_scheduler_type": "cosinus"}, ["lr_scheduler_type", "cosinus"]),
         ({"init_lora_weights": "eva"}, ["init_lora_weights", "eva", "loftq", "pissa"]),
+        ({"qat": "int4"}, ["qat int4", "set finetuning_type to full"]),
         ({"init_lora_weights": "loftq"}, ["load_in_4bit: true and merge_base: dequantized"]),
         ({"init_lora_weights": "loftq", "load_in_4bit": True}, ["fits no other base"]),
         ({"init_lora_weights": "olora", "load_in_4bit": True}, ["rounded to 4 bits anew", "init_lora_weights to true"]),

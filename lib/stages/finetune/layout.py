@@ -13,6 +13,7 @@ from lib.errors import refusal
 from lib.models.head import has_plain_head, output_head
 from lib.models.loading import causal_model
 from lib.prompts.conversations import Encoded
+from lib.settings import Settings
 from lib.stages.finetune import batches
 from lib.stages.finetune.batches import Collate, Collator, PackedCollator
 from lib.stages.finetune.memory import HEAD_ROWS
@@ -23,11 +24,34 @@ from lib.stages.finetune.memory import HEAD_ROWS
 # the same loss and gradients as `model(labels=…)` and saves the [rows, length, vocabulary] tensor (PERFORMANCE §5.1).
 
 
-def train_whole(model: Any, dtype: str) -> Any:
-    """Make every weight of a float32 model trained, with products in `dtype`; small steps are lost in 16 bits."""
+def train_whole(model: Any, settings: Settings, dtype: str) -> Any:
+    """Make every weight of a float32 model trained, with products in `dtype`; small steps are lost in 16 bits.
+
+    With `qat` the matrices of the layers go through the model as torchao rounds them: to the integers −8 to 7 with a
+    scale for each group of `GROUP` weights of a row. Gradients pass the rounding as if it were not there (Bengio et al.
+    2013, arXiv 1308.3432), but for weights that were cut to 7. What is stored is the weights before the rounding.
+    Embedding and output layer are not rounded, as no file of 4 bits rounds them to 4.
+
+    Raises:
+        InputError: rows that are no whole number of groups.
+    """
     model.requires_grad_(True)
     model.computes_in = getattr(torch, dtype)
+    if settings.qat != "none":
+        from torchao.quantization import quantize_
+        from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+        head = output_head(model)
+        layers = {name: m for name, m in model.named_modules() if type(m) is torch.nn.Linear and m is not head}
+        if odd := {name: m.in_features for name, m in layers.items() if m.in_features % GROUP}:
+            raise refusal("finetune/no-whole-groups", group=GROUP, layer=min(odd), width=odd[min(odd)])
+        rounding = IntxFakeQuantizeConfig(getattr(torch, settings.qat), group_size=GROUP, is_symmetric=True)
+        quantize_(model, QATConfig(weight_config=rounding), filter_fn=lambda _, name: name in layers)
     return model
+
+
+GROUP = 32
+"""Weights that share a scale while they are trained with `qat`: as in llama.cpp's Q4_0."""
 
 
 def arithmetic(model: Any) -> torch.dtype:

@@ -83,7 +83,8 @@ def estimate(model: Any, settings: Settings, length: int, answer: int, prefix: i
     autograd keeps for a Qwen2 layer, a token: about 16 × hidden, 6 × key/value width and 6 × intermediate in the
     compute format (with dropout another 7 copies of layer inputs), and 2 norms in float32. DoRA keeps three float32
     numbers more an output of a linear layer, B·A and W + s·B·A of one layer, and in 16 bits a copy of all weights (six
-    layers of width 512, 8 rows of 120 tokens: 380 MiB more than LoRA in float32, 512 in bfloat16; here 436, 479).
+    layers of width 512, 8 rows of 120 tokens: 380 MiB more than LoRA in float32, 512 in bfloat16; here 436, 479). With
+    `qat` the rounded matrices stay for the backward pass, and of every weight whether it was cut.
     With gradient checkpointing one hidden state a layer and the whole of one layer.
     Logits: loss positions (HEAD_ROWS at a time, if the output layer is frozen) × vocabulary × 12 bytes: float32 values,
     log-probabilities and gradient; in bfloat16 values and gradient once more in that format, but the float32 values are
@@ -108,6 +109,8 @@ def estimate(model: Any, settings: Settings, length: int, answer: int, prefix: i
     if settings.use_dora:
         layer += 12 * (3 * hidden + 2 * key_value + 2 * intermediate)
         once = 4 * intermediate * (intermediate + 3 * hidden) + (s * linear if s < 4 else 0)
+    if settings.qat != "none":
+        once += (s + 1) * linear
     rows = settings.per_device_train_batch_size
     tokens = prefix + rows * (length - prefix)
     kept = layers * s * hidden + layer if settings.gradient_checkpointing else layers * layer

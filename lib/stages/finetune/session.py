@@ -106,7 +106,7 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     }
 
 
-VARIANTS = (*OF_ADAPTERS, "neftune_noise_alpha")
+VARIANTS = (*OF_ADAPTERS, "neftune_noise_alpha", "qat")
 """Settings that are named beside the method where they are not the default."""
 
 
@@ -143,7 +143,7 @@ def _new_model(base: Base, settings: Settings, dtype: str) -> Any:
     model.config.use_cache = False
     set_seed(settings.training_seed)
     if whole:
-        return train_whole(model, dtype)
+        return train_whole(model, settings, dtype)
     adapted = with_adapter(model, settings)
     if settings.init_lora_weights == LOFTQ:
         make_up_for_rounding(adapted, open_weights(base.path))

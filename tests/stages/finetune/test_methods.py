@@ -389,6 +389,77 @@ def test_loftq_without_4_bit_layers_is_refused_before_the_training(runs, monkeyp
         finetune(tiny_settings(**LOFTQ), runs("fresh"))
 
 
+QAT = {**WHOLE, "qat": "int4"}
+
+
+def in_steps(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix in steps of each 32 weights, of which the largest is 7.5, and the steps: in float32, by the inverse of
+    the step, which decides whether 7.5 is rounded to 7 or 8."""
+    groups = weight.detach().float().reshape(-1, 32)
+    step = groups.abs().amax(-1, keepdim=True) / 7.5
+    return groups * (1 / step), step
+
+
+def as_int4(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix as torchao's symmetric int4 rounds it: −8 to 7 are there."""
+    steps, step = in_steps(weight)
+    return (steps.round().clamp(-8, 7) * step).reshape(weight.shape)
+
+
+def test_matrices_are_rounded_on_their_way_through_the_model(runs) -> None:
+    """The loss is that of the rounded model, and a matrix gets the gradient that the rounded one would get, but none
+    where a weight of 7.5 steps was cut to 7."""
+    run = runs("fresh")
+    data = run.require("data").path
+    task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
+    rows = [task.encode(tokenizer, row) for row in read_jsonl(data / "train.jsonl")[:6]]
+    model, rounded = (_new_model(base_of(run), tiny_settings(**changes), "float32") for changes in (QAT, WHOLE))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    matrices = [name for name, p in rounded.named_parameters() if p.dim() == 2 and "embed" not in name]
+    assert len(matrices) == 7
+    for name, parameter in rounded.named_parameters():
+        if name in matrices:
+            parameter.data = as_int4(parameter)
+    for each in (model, rounded):
+        total, count = answer_loss(each, choose_layout(each, rows, 0)[0](rows))
+        (total / count).backward()
+        each.total = total.item()
+    assert model.total == pytest.approx(rounded.total, rel=1e-4)
+    found, expected = (dict(each.named_parameters()) for each in (model, rounded))
+    for name in found:
+        gradient = expected[name].grad
+        if name in matrices:
+            cut = in_steps(before[name])[0].round() > 7
+            gradient = gradient.masked_fill(cut.reshape(gradient.shape), 0)
+        torch.testing.assert_close(found[name].grad, gradient, rtol=5e-3, atol=1e-4)
+        assert torch.equal(found[name], before[name])
+
+
+def test_a_model_trained_rounded_is_stored_as_it_was_before_the_rounding(runs, monkeypatch) -> None:
+    """Stored and continued exactly; the loss that a checkpoint is chosen by is the rounded model's."""
+    expected = finetune(tiny_settings(**QAT), runs("straight"))
+    assert expected.method == 'full (qat: "int4")' and expected.product.entry.parameters["qat"] == "int4"
+    with monkeypatch.context() as patch:
+        die_after(7, patch)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(tiny_settings(**QAT), runs("fresh"))
+    result = finetune(tiny_settings(**QAT), runs("fresh"))
+    assert result.resumed_from == 6
+    first, second = (load_torch(each.product.path / "model.safetensors") for each in (expected, result))
+    base = load_torch(base_of(runs("fresh")).path / "model.safetensors")
+    assert first.keys() == base.keys() and all(torch.equal(t, second[name]) for name, t in first.items())
+    matrix = first["model.layers.0.mlp.up_proj.weight"]
+    assert (matrix - as_int4(matrix)).abs().max() > 1e-3
+    merged = load_torch(merge(tiny_settings(), runs("fresh")).product.path / "model.safetensors")
+    assert all(torch.equal(merged[name], t.to(base[name].dtype)) for name, t in second.items())
+
+
+def test_rows_that_are_no_whole_groups_are_not_rounded(runs, monkeypatch) -> None:
+    monkeypatch.setattr("lib.stages.finetune.layout.GROUP", 48)
+    with pytest.raises(InputError, match="64 weights, which are no whole number of groups of 48"):
+        finetune(tiny_settings(**QAT), runs("fresh"))
+
+
 def test_the_memory_of_a_whole_model_is_reckoned_with(runs) -> None:
     whole, lora = (tiny_settings(finetuning_type=kind, dtype="float32") for kind in ("full", "lora"))
     models = [_new_model(base_of(runs("fresh")), settings, "float32") for settings in (whole, lora)]
