@@ -257,6 +257,9 @@ class Settings(_Keys):
             "untrained_adapter": self.adapter and self.finetuning_type == UNTRAINED,
             "full_adapter": self.adapter and self.finetuning_type == FULL,
             "full_4bit": self.load_in_4bit and self.finetuning_type == FULL,
+            "taught": self.teacher and (self.adapter or self.finetuning_type == UNTRAINED or self.folds > 1),
+            "no_teacher": not self.teacher
+            and self.distillation_weight != _Keys.model_fields["distillation_weight"].default,
             "qat": self.qat != "none" and self.finetuning_type != FULL,
             "full_variant": self.finetuning_type == FULL and self.variants,
             "taken_out": self.load_in_4bit and str(self.init_lora_weights).startswith(TAKEN_OUT),

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 
 from lib.errors import refusal
 from lib.models.head import has_plain_head, output_head
@@ -61,7 +62,10 @@ def arithmetic(model: Any) -> torch.dtype:
 
 
 def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Summed cross-entropy (nats) over the answer tokens of a batch (padded or packed), and their number."""
+    """Summed cross-entropy (nats) over the answer tokens of a batch (padded or packed), and their number.
+
+    Of a batch with a teacher's probabilities (`lib.stages.finetune.teacher`) it is mixed with the divergence from them.
+    """
     inner = causal_model(model)
     inputs = (
         batches.packed_inputs(batch) if "gather" in batch else {k: batch[k] for k in ("input_ids", "attention_mask")}
@@ -70,7 +74,12 @@ def answer_loss(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tenso
         hidden = inner.get_decoder()(**inputs, use_cache=False).last_hidden_state
         targets = batch["labels"][:, 1:]
         chosen = targets != batches.IGNORED
-        loss = head_loss(output_head(inner), hidden[:, :-1][chosen], targets[chosen])
+        head, states = output_head(inner), hidden[:, :-1][chosen]
+        if "teacher_ids" in batch:
+            told = [batch[f"teacher_{name}"] for name in ("ids", "log_probs", "weight")]
+            loss = _taught_loss(head, states, targets[chosen], *told)
+        else:
+            loss = head_loss(head, states, targets[chosen])
     return loss, int(chosen.sum())
 
 
@@ -88,6 +97,40 @@ def head_loss(head: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.T
     if frozen and len(hidden) > HEAD_ROWS:
         return _FrozenHead.apply(hidden, head.weight, targets)
     return torch.nn.functional.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+
+def _taught_loss(
+    head: Any, hidden: torch.Tensor, targets: torch.Tensor, ids: torch.Tensor, told: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Summed over positions: (1 − weight)·cross-entropy + weight·KL(teacher ‖ model), in nats.
+
+    HEAD_ROWS positions at a time, whose logits are computed once more for the gradient.
+
+    Args:
+        hidden: (positions, width). targets: int64 (positions,).
+        ids, told: (positions, kept), the teacher's likeliest tokens and their log-probabilities.
+    """
+
+    def part(hidden: torch.Tensor, targets: torch.Tensor, ids: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden).float().log_softmax(-1)
+        own, left = logits.gather(1, ids), 1 - told.exp().sum(1)
+        divergence = (told.exp() * (told - own)).sum(1)
+        own_left = (1 - own.exp().sum(1)).clamp_min(LEFT)
+        counted = left > LEFT  # less is the rounding of the sum
+        divergence = divergence + torch.where(counted, left * (left.clamp_min(LEFT) / own_left).log(), 0.0)
+        plain = -logits.gather(1, targets[:, None])[:, 0]
+        return ((1 - weight) * plain + weight * divergence).sum()
+
+    loss = torch.zeros((), device=hidden.device)
+    for start in range(0, len(hidden), HEAD_ROWS):
+        piece = slice(start, start + HEAD_ROWS)
+        given = (hidden[piece], targets[piece], ids[piece], told[piece])
+        loss = loss + torch.utils.checkpoint.checkpoint(part, *given, use_reentrant=False)
+    return loss
+
+
+LEFT = 1e-6
+"""Probability behind the kept tokens from which on it counts, in float32."""
 
 
 class _FrozenHead(torch.autograd.Function):

@@ -29,6 +29,7 @@ from lib.runs.machine import device_peak, no_warnings, peak_memory, quiet
 from lib.settings import FULL, LOFTQ, OF_ADAPTERS, Settings, yaml_value
 from lib.stages.finetune import checkpoints, memory, tracking
 from lib.stages.finetune.memory import with_adapter
+from lib.stages.finetune.teacher import Imitating
 
 if TYPE_CHECKING:
     from lib.stages.finetune.batches import Collate
@@ -78,6 +79,8 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     noise = data_file("stages/finetune/notes.yaml")["noise"] if settings.neftune_noise_alpha else None
     collate, layout = choose_layout(model, [*train, *validation], filler or 0, noise)
+    if settings.teacher:
+        collate = Imitating(collate, train, inputs.folder, settings.distillation_weight)
     if dtype == "float16":
         refuse_overflow(model, collate(train[:1]))
     plan = _plan(model, settings, train + validation, getattr(collate, "prefix", 0))
@@ -106,7 +109,7 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     }
 
 
-VARIANTS = (*OF_ADAPTERS, "neftune_noise_alpha", "qat")
+VARIANTS = (*OF_ADAPTERS, "neftune_noise_alpha", "qat", "teacher", "distillation_weight")
 """Settings that are named beside the method where they are not the default."""
 
 

@@ -32,6 +32,7 @@ from lib.settings import DEQUANTIZED, FULL, LOFTQ, UNTRAINED, Settings
 from lib.stages.finetune import checkpoints, tracking
 from lib.stages.finetune.processes import made_once, train_in_processes
 from lib.stages.finetune.session import TrainingInputs, train, until_it_fits
+from lib.stages.finetune.teacher import FILE, Teacher
 
 RESOURCES = "resources.jsonl"
 
@@ -50,7 +51,8 @@ _OF_LORA = ("load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "target_modu
 """Those of them that mean nothing where every weight is trained."""
 
 UNNAMED = (
-    *("adapter", "finetuning_type", "qat", "weight_decay", "max_grad_norm", "neftune_noise_alpha"),
+    *("adapter", "finetuning_type", "qat", "teacher", "distillation_weight"),
+    *("weight_decay", "max_grad_norm", "neftune_noise_alpha"),
     *("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio"),
 )
 """The others, which a product names only where they are not the default: older products know nothing of them."""
@@ -174,11 +176,14 @@ def finetune(settings: Settings, run: Run, draw: DrawLosses | None = None) -> Fi
     if settings.finetuning_type == UNTRAINED:
         return FinetuneResult.read(_leave_untrained(run, settings.force))
 
+    teacher = Teacher.of(settings, run)
+    taught_by = {"teacher_weights": teacher.digest} if teacher else {}
+
     def make() -> Product:
         return run.produce(
             "adapter",
-            lambda draft: _train(settings, run, draft, draw),
-            parameters=_parameters(settings),
+            lambda draft: _train(settings, run, draft, draw, teacher),
+            parameters=_parameters(settings) | taught_by,
             inputs=("data",),
             force=settings.force,
             keep_partial=True,
@@ -199,7 +204,7 @@ def refuse_absent(settings: Settings) -> None:
         raise refusal("finetune/no-4-bits", problem=problem)
 
 
-def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses | None) -> None:
+def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses | None, teacher: Teacher | None) -> None:
     """Train, and make the chosen checkpoint the product."""
     quiet()  # also where other processes train: this one loads the same libraries
     began = time.monotonic()
@@ -212,6 +217,11 @@ def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses |
         )
         settings = settings.model_copy(update={"load_in_4bit": False})
     messages = checkpoints.same_or_afresh(draft.folder, settings)
+    if teacher:
+        draft.folder.mkdir(parents=True, exist_ok=True)
+        rows = read_configuration(base.path)["vocab_size"]
+        teacher.write_answers(draft.folder, run.require("data").path, machine.compute_dtype(settings.dtype)[0], rows)
+        messages.insert(0, _NOTES["taught"].format(teacher=teacher.run.name, share=settings.distillation_weight))
     with (
         draw(draft.folder / checkpoints.LIVE) if draw else contextlib.nullcontext() as plot,
         resources_recorded(draft.folder / RESOURCES, gpus=settings.num_processes),
@@ -225,6 +235,7 @@ def _train(settings: Settings, run: Run, draft: ProductDraft, draw: DrawLosses |
             tracking=run.folder / tracking.FOLDER,
         )
         facts, notes = until_it_fits(inputs, train if settings.num_processes == 1 else train_in_processes)
+    (draft.folder / FILE).unlink(missing_ok=True)
     draft.notes += notes
     draft.device = facts.pop("device")
     facts["messages"] = [*messages, *facts["messages"]]
