@@ -26,7 +26,7 @@ from lib.runs import machine
 from lib.runs.files import data_file, read_json, read_jsonl, user_path, write_json, write_jsonl, write_text
 from lib.runs.machine import quiet, read_samples, resources_recorded, summary
 from lib.runs.render import render
-from lib.runs.run import Product, ProductDraft, Run
+from lib.runs.run import Product, ProductDraft, Run, known_run
 from lib.select.choice import BEST_OF, Best, best_of, write_analysis
 from lib.settings import DEQUANTIZED, FULL, LOFTQ, UNTRAINED, Settings
 from lib.stages.finetune import checkpoints, tracking
@@ -196,9 +196,12 @@ def refuse_absent(settings: Settings) -> None:
     """Refuse, before hours of training go by, what it needs and this machine lacks.
 
     Raises:
-        InputError: a tracker that is not installed; 4-bit layers, where plain LoRA cannot stand in for them.
+        InputError: a tracker that is not installed; a teacher that is no run; 4-bit layers, where plain LoRA cannot
+            stand in for them.
     """
     tracking.refuse_absent(settings.report_to)
+    if settings.teacher:
+        known_run(settings.teacher)
     needed = settings.merge_base == DEQUANTIZED or settings.init_lora_weights == LOFTQ
     if settings.load_in_4bit and needed and (problem := machine.bitsandbytes_problem()):
         raise refusal("finetune/no-4-bits", problem=problem)

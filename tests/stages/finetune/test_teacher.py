@@ -14,6 +14,7 @@ from lib.errors import InputError
 from lib.models.base_model import base_of
 from lib.models.loading import load_model, load_tokenizer
 from lib.prompts.tasks import read_task
+from lib.report.runner import ready
 from lib.runs.files import read_jsonl
 from lib.runs.run import Run
 from lib.stages.finetune import layout, teacher
@@ -168,3 +169,9 @@ def test_a_teacher_with_other_tokens_is_refused(runs, monkeypatch) -> None:
     monkeypatch.setattr(teacher, "differences", lambda *_: {"vocabulary": "its tokenizer has other tokens"})
     with pytest.raises(InputError, match="of the same family"):
         finetune(tiny_settings(**TAUGHT), runs("fresh"))
+
+
+def test_a_report_asks_for_the_teacher_before_anything_is_done(runs) -> None:
+    assert ready(tiny_settings(**TAUGHT)).teacher == "straight"
+    with pytest.raises(InputError, match="nobody"):
+        ready(tiny_settings(teacher="nobody"))
