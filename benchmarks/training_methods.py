@@ -25,6 +25,7 @@ from lib.runs.machine import compute_dtype
 from lib.runs.run import Run, open_run
 from lib.scoring.log_probabilities import score_rows
 from lib.scoring.metric import metric_of
+from lib.scoring.torch_backend import TransformersBackend
 from lib.stages.data.stage import prepare
 from lib.stages.evaluate.stage import candidates
 from lib.stages.finetune.stage import finetune
@@ -40,16 +41,36 @@ METHODS: dict[str, dict[str, Any]] = {
     "QLoRA": {"load_in_4bit": True, "merge_base": "dequantized"},
     "LoftQ": {"load_in_4bit": True, "merge_base": "dequantized", "init_lora_weights": "loftq"},
     "full": {"finetuning_type": "full", "learning_rate": 5e-5},
+    "full, rounded": {"finetuning_type": "full", "learning_rate": 5e-5, "qat": "int4"},
 }
 
 
-def accuracy(run: Run, settings: lib_settings.Settings, which: int) -> float:
-    """Mean value of the test rows (accuracy, or loss without labels) of the base (0) or the trained model (1)."""
+def round_to_q4_0(model: Any) -> Any:
+    """The model, an adapter merged, with the matrices of its layers as llama.cpp's Q4_0 gives them back."""
+    import gguf
+    import torch
+
+    kind = gguf.GGMLQuantizationType.Q4_0
+    model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and not name.endswith("lm_head"):
+            back = gguf.quants.dequantize(gguf.quants.quantize(layer.weight.detach().float().numpy(), kind), kind)
+            layer.weight.data = torch.from_numpy(back).to(layer.weight.dtype)
+    return model
+
+
+def accuracy(run: Run, settings: lib_settings.Settings, which: int, rounded: bool = False) -> float:
+    """Mean value of the test rows (accuracy, or loss without labels) of the base (0) or the trained model (1).
+
+    Args:
+        rounded: of the model after `round_to_q4_0`.
+    """
     data = run.require("data").path
     task, rows, tokenizer = read_task(data), read_jsonl(data / "test.jsonl"), load_tokenizer(data / "tokenizer")
     encoded = [task.encode(tokenizer, row) for row in rows]
     model = candidates(run, compute_dtype(settings.dtype)[0])[which]
-    with model.opened(settings.per_device_eval_batch_size) as backend:
+    with model.opened(settings.per_device_eval_batch_size) as opened:
+        backend = TransformersBackend(round_to_q4_0(opened.model), 16) if rounded else opened
         scores = score_rows(backend, tokenizer, task, rows, "scoring test rows", None, encoded)
     values, weights = metric_of(task).row_values(scores)
     return float(np.average(values, weights=weights))
@@ -77,6 +98,7 @@ def one(name: str, seed: int, given: lib_settings.Settings, data: Run) -> dict[s
         "peak_memory_mib": result.peak_memory_mib,
         "layout": result.layout.partition(":")[0].partition(" ")[0],
         "accuracy": accuracy(run, settings, 1),
+        "accuracy_q4_0": None if settings.load_in_4bit else accuracy(run, settings, 1, rounded=True),
     }
 
 
@@ -88,8 +110,12 @@ def summary(records: list[dict[str, Any]]) -> list[str]:
         if not own:
             continue
         cells = [name, str(len(own))]
-        for key, shape in (("accuracy", ".3f"), ("validation_loss", ".4f"), ("seconds", ".0f")):
-            values = [record[key] for record in own]
+        shapes = {"accuracy": ".3f", "accuracy_q4_0": ".3f", "validation_loss": ".4f", "seconds": ".0f"}
+        for key, shape in shapes.items():
+            values = [record[key] for record in own if record.get(key) is not None]
+            if not values:
+                cells.append("–")
+                continue
             cells.append(f"{statistics.mean(values):{shape}} ({min(values):{shape}} to {max(values):{shape}})")
         lines.append(" | ".join(cells))
     return lines
@@ -115,7 +141,9 @@ def main() -> None:
             if found["base"] is None:
                 found["base"] = accuracy(open_run(f"{data.name}-method"), given, 0)
             write_json(asked.json, found)
-            told = {key: found["records"][-1][key] for key in ("accuracy", "validation_loss", "seconds")}
+            told = {
+                key: found["records"][-1][key] for key in ("accuracy", "accuracy_q4_0", "validation_loss", "seconds")
+            }
             print(name, seed, told, flush=True)
     print(f"base accuracy {found['base']:.3f}", *summary(found["records"]), sep="\n")
 
