@@ -41,8 +41,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "QLoRA": {"load_in_4bit": True, "merge_base": "dequantized"},
     "LoftQ": {"load_in_4bit": True, "merge_base": "dequantized", "init_lora_weights": "loftq"},
     "full": {"finetuning_type": "full", "learning_rate": 5e-5},
+    "LoRA, taught": {"teacher": "{run}-teacher"},
     "full, rounded": {"finetuning_type": "full", "learning_rate": 5e-5, "qat": "int4"},
 }
+
+
+TEACHER = "full"
+"""Of these the one whose first model teaches "LoRA, taught": it has to be trained before."""
+
+SHOWN = {"accuracy": ".3f", "accuracy_q4_0": ".3f", "validation_loss": ".4f", "seconds": ".0f"}
 
 
 def round_to_q4_0(model: Any) -> Any:
@@ -79,12 +86,16 @@ def accuracy(run: Run, settings: lib_settings.Settings, which: int, rounded: boo
 def one(name: str, seed: int, given: lib_settings.Settings, data: Run) -> dict[str, Any]:
     """Train once, in a run of its own that holds nothing but the data."""
     changes = {**METHODS[name], "train_seed": seed}
+    if "teacher" in changes:
+        changes["teacher"] = changes["teacher"].format(run=data.name)
     settings, run = given.model_copy(update=changes), open_run(f"{data.name}-method")
     shutil.rmtree(run.folder, ignore_errors=True)
     shutil.copytree(data.folder, run.folder)
     started = time.monotonic()
     result = finetune(settings, run)
     seconds = time.monotonic() - started
+    if name == TEACHER and not (teacher := open_run(f"{data.name}-teacher")).folder.exists():
+        shutil.copytree(run.folder, teacher.folder)
     losses = {row["step"]: row["eval_loss"] for row in result.history if "eval_loss" in row}
     return {
         "method": name,
@@ -110,8 +121,7 @@ def summary(records: list[dict[str, Any]]) -> list[str]:
         if not own:
             continue
         cells = [name, str(len(own))]
-        shapes = {"accuracy": ".3f", "accuracy_q4_0": ".3f", "validation_loss": ".4f", "seconds": ".0f"}
-        for key, shape in shapes.items():
+        for key, shape in SHOWN.items():
             values = [record[key] for record in own if record.get(key) is not None]
             if not values:
                 cells.append("–")
@@ -141,9 +151,7 @@ def main() -> None:
             if found["base"] is None:
                 found["base"] = accuracy(open_run(f"{data.name}-method"), given, 0)
             write_json(asked.json, found)
-            told = {
-                key: found["records"][-1][key] for key in ("accuracy", "accuracy_q4_0", "validation_loss", "seconds")
-            }
+            told = {key: found["records"][-1][key] for key in SHOWN}
             print(name, seed, told, flush=True)
     print(f"base accuracy {found['base']:.3f}", *summary(found["records"]), sep="\n")
 
