@@ -254,6 +254,9 @@ class Settings(_Keys):
             "full_4bit": self.load_in_4bit and self.finetuning_type == FULL,
             "full_variant": self.finetuning_type == FULL and self.variants,
             "taken_out": self.load_in_4bit and str(self.init_lora_weights).startswith(TAKEN_OUT),
+            "fsdp_alone": self.sharded and self.num_processes < 2,
+            "fsdp_full": self.sharded and self.finetuning_type == FULL,
+            "fsdp_4bit": self.sharded and self.load_in_4bit,
             "thinking": labelled and self.thinking,
             "prompt": not labelled and self.system_prompt == SENTIMENT_PROMPT,
         }
@@ -274,6 +277,11 @@ class Settings(_Keys):
     def training_seed(self) -> int:
         """The seed that training uses: `train_seed` where it is given, else `seed`."""
         return self.seed if self.train_seed < 0 else self.train_seed
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a share of the base alone."""
+        return self.fsdp != "none"
 
     @property
     def variants(self) -> list[str]:

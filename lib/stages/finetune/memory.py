@@ -110,6 +110,8 @@ def estimate(model: Any, settings: Settings, length: int, answer: int, prefix: i
     rows = settings.per_device_train_batch_size
     tokens = prefix + rows * (length - prefix)
     kept = layers * s * hidden + layer if settings.gradient_checkpointing else layers * layer
+    if settings.sharded:  # its share, and two layers that are whole at a time
+        linear_held *= 1 / settings.num_processes + 2 / layers
     return {
         "process": 0,
         "weights": round(linear * linear_held + other * held),
