@@ -4,9 +4,9 @@
 
 For each size (GB) a sharded model of Qwen3's kind is made (random bfloat16 weights, layers of Qwen3-1.7B's shape, as
 many as it takes, a small vocabulary) with a LoRA adapter of rank 16 on all linear layers. `workbook merge`, the proof
-of the merge and `workbook convert` are measured as whole processes inside a control group whose memory is limited (GiB,
-page cache included), where this user may make one; else without, and the result says so. Every size takes three times
-its bytes of disk, freed before the next.
+and the check of the merge, `workbook convert` and the gate are measured as whole processes inside a control group whose
+memory is limited (GiB, page cache included), where this user may make one; else without, and the result says so. Every
+size takes three times its bytes of disk, freed before the next.
 
 RssAnon is what the processes allocate; resident memory counts mapped files too, whose pages the system takes back.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -47,8 +48,31 @@ CONFIG: dict[str, Any] = {
     "attention_bias": False,
 }
 LAYERS_A_SHARD = 5
-PROOF = "import sys; from pathlib import Path; from lib.stages.merge.proof import prove_merge\n"
-PROOF += "print(prove_merge(*map(Path, sys.argv[1:])))"
+STEPS = {
+    "proof": """
+from lib.stages.merge.proof import prove_merge
+print(prove_merge(base, adapter, merged))
+""",
+    "check": """
+from lib.stages.merge.verify import check_merge
+prompts = [task.probe_ids(tokenizer, row) for row in rows]
+print(check_merge(base, adapter, merged, prompts, "bfloat16"))
+""",
+    "gate": """
+from lib.stages.convert.gate import gate
+print(gate(merged, gguf, task, rows, 0.01, 0.5))
+""",
+}
+"""What the notebooks 04 and 05 do besides: the proof of the weights, and the questions to both models."""
+START = """
+import sys
+from pathlib import Path
+from lib.models.loading import load_tokenizer
+from lib.prompts.tasks import ClassificationTask
+base, adapter, merged, gguf = map(Path, sys.argv[1:])
+tokenizer, task = load_tokenizer(base), ClassificationTask(("negative", "positive"), "Judge.", "text {text}", 64)
+rows = [{"text": f"about {number} things, good"} for number in range(2)]
+"""
 
 
 def write_model(folder: Path, gigabytes: float) -> dict[str, Any]:
@@ -121,16 +145,23 @@ def limited(gibibytes: float) -> Iterator[tuple[list[str], str]]:
 
 def measured(place: Path, gigabytes: float, limit: float) -> dict[str, Any]:
     """Make a model of that size below `place`, merge, prove and convert it; the figures of each step."""
-    base, adapter, merged, gguf = (place / name for name in ("base", "adapter", "merged", "model.gguf"))
+    base, adapter, merged, gguf = paths = [place / name for name in ("base", "adapter", "merged", "model.gguf")]
     for folder in (base, adapter):
         folder.mkdir()
     config = write_model(base, gigabytes)
     write_adapter(adapter, base, config)
+    own = {name: [sys.executable, "-c", START + code, *map(str, paths)] for name, code in STEPS.items()}
     steps = {
         "merge": harness.workbook("merge", "--base-model", base, "--adapter", adapter, "--output-dir", merged),
-        "proof": [sys.executable, "-c", PROOF, *map(str, (base, adapter, merged))],
+        "proof": own["proof"],
+        "check": own["check"],
         "convert": harness.workbook("convert", merged, gguf),
+        "gate": own["gate"],
     }
+    for path in (*base.iterdir(), *adapter.iterdir()):  # what is cached now would not count against the limit
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     found: dict[str, Any] = {"layers": config["num_hidden_layers"]}
     found["base_bytes"] = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     with limited(limit) as (start, words):
@@ -161,7 +192,7 @@ def main() -> None:
             results.append({"gigabytes": size, **measured(Path(place), size, chosen.limit)})
     first, last = results[0], results[-1]
     ratios = {"size": round(last["base_bytes"] / first["base_bytes"], 2)}
-    for step in ("merge", "proof", "convert"):
+    for step in ("merge", "proof", "check", "convert", "gate"):
         ratios[step] = round(last[step]["peak_anonymous_mib"] / first[step]["peak_anonymous_mib"], 3)
     result = {"name": "large_model", "machine": harness.machine_line(), "memory_measure": harness.MEMORY}
     chosen.json.write_text(json.dumps({**result, "results": results, "ratios": ratios}, indent=1), encoding="utf-8")

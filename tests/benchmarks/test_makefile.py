@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.test_settings import PROJECT
 
 
@@ -25,6 +27,7 @@ def test_every_program_with_a_peer_is_run() -> None:
         assert "--json OUT.json" in programs[name]
 
 
+@pytest.mark.slow
 def test_memory_against_size_is_measured_at_once(tmp_path: Path) -> None:
     """`benchmarks/large_model.py` on two small models, without a limit: every step ends, and its memory is noted."""
     program = PROJECT / "benchmarks" / "large_model.py"
@@ -33,5 +36,5 @@ def test_memory_against_size_is_measured_at_once(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert [one["layers"] for one in found["results"]] == [1, 2]
     assert all(one["merge"]["peak_anonymous_mib"] > 0 for one in found["results"])
-    assert set(found["ratios"]) == {"size", "merge", "proof", "convert"}
+    assert set(found["ratios"]) == {"size", "merge", "proof", "check", "convert", "gate"}
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
