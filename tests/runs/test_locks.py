@@ -227,14 +227,18 @@ def test_an_output_that_another_machine_writes_is_refused_with_its_name(
         with new_folder(Path(sys.argv[1])) as folder:
             (folder / "half").write_text("x")
             print("held", flush=True)
-            sys.stdin.read()
+            while not Path(sys.argv[2]).exists():
+                time.sleep(0.05)
     """
-    other = start(code, tmp_path / "out", first=f"{LYING}\n{ON.format(host='node17')}")
+    go = tmp_path / "go"
+    other = start(code, tmp_path / "out", go, first=f"{LYING}\n{ON.format(host='node17')}")
     assert other.stdout and other.stdout.readline() == "held\n"
     monkeypatch.setattr("fcntl.flock", lambda *_: None)
     with pytest.raises(InputError, match="on node17"), new_folder(tmp_path / "out"):
         pytest.fail("two at once")
+    go.touch()
     end(other)
+    go.unlink()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["half"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
