@@ -51,7 +51,7 @@ def shape_folder(name: str = "qwen2.5-0.5b") -> tuple[Path, Path]:
     if not model.is_dir():
         _build(model, lambda folder: _write_model(folder, shared, config))
     if not adapter.is_dir():
-        _build(adapter, lambda folder: _write_adapter(folder, model, config))
+        _build(adapter, lambda folder: write_adapter(folder, model, config))
     return model, adapter
 
 
@@ -64,7 +64,7 @@ def _build(folder: Path, write: Any) -> None:
     part.rename(folder)
 
 
-def _linear_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+def linear_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """{module: (rows, columns)} of the seven linear kinds."""
     width, hidden = config["hidden_size"], config["intermediate_size"]
     head = config.get("head_dim") or width // config["num_attention_heads"]
@@ -87,7 +87,7 @@ def _write_model(folder: Path, shared: Path, config: dict[str, Any]) -> None:
     tensors = {"model.embed_tokens.weight": random(config["vocab_size"], width)}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        for module, shape in _linear_shapes(config).items():
+        for module, shape in linear_shapes(config).items():
             tensors[f"{prefix}{module}.weight"] = random(*shape)
             if module.endswith(("q_proj", "k_proj", "v_proj")):
                 tensors[f"{prefix}{module}.bias"] = random(shape[0])
@@ -99,7 +99,8 @@ def _write_model(folder: Path, shared: Path, config: dict[str, Any]) -> None:
         shutil.copyfile(shared / file, folder / file)
 
 
-def _write_adapter(folder: Path, base: Path, config: dict[str, Any]) -> None:
+def write_adapter(folder: Path, base: Path, config: dict[str, Any]) -> None:
+    """A LoRA adapter of rank 16 with random factors for a model of that configuration."""
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
@@ -107,7 +108,7 @@ def _write_adapter(folder: Path, base: Path, config: dict[str, Any]) -> None:
     draw = torch.Generator().manual_seed(1)
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(config["num_hidden_layers"]):
-        for module, (rows, columns) in _linear_shapes(config).items():
+        for module, (rows, columns) in linear_shapes(config).items():
             prefix = f"base_model.model.model.layers.{layer}.{module}"
             tensors[f"{prefix}.lora_A.weight"] = torch.randn(RANK, columns, generator=draw) * 0.02
             tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, RANK, generator=draw) * 0.02

@@ -71,12 +71,10 @@ FULL = "full"
 """The finetuning_type of a run in which every weight of the model is trained."""
 OF_ADAPTERS = ("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio")
 """Keys that ask for a variant of LoRA."""
-TAKEN_OUT = ("pissa", "olora")
-"""Beginnings of `init_lora_weights` that take a part out of the base's weights and train that."""
 DEQUANTIZED = "dequantized"
 """The merge_base of an adapter that goes into the weights as they were rounded to 4 bits."""
-LOFTQ = "loftq"
-"""The one that makes up for what rounding the base to 4 bits took."""
+TAKEN_OUT, LOFTQ = ("pissa", "olora"), "loftq"
+"""Beginnings of `init_lora_weights` that take a part out of the base, and that make up for its rounding to 4 bits."""
 SENTIMENT_PROMPT = "你是情感分析助手。"
 
 
@@ -245,6 +243,7 @@ class Settings(_Keys):
     def _consistent(self, info: ValidationInfo) -> Settings:
         part = info.context == PART and "task" not in self.model_fields_set
         rounded = self.merge_base == DEQUANTIZED or (info.context == PART and "merge_base" not in self.model_fields_set)
+        usual = _Keys.model_fields
         labelled, needing = self.task == "classification", [name for name in self.ladder if name in IMATRIX_TYPES]
         found = {
             "matrix": needing and self.imatrix in ("", "none"),
@@ -258,12 +257,14 @@ class Settings(_Keys):
             "full_adapter": self.adapter and self.finetuning_type == FULL,
             "full_4bit": self.load_in_4bit and self.finetuning_type == FULL,
             "taught": self.teacher and (self.adapter or self.finetuning_type == UNTRAINED or self.folds > 1),
-            "no_teacher": not self.teacher
-            and self.distillation_weight != _Keys.model_fields["distillation_weight"].default,
+            "no_teacher": not self.teacher and self.distillation_weight != usual["distillation_weight"].default,
             "qat": self.qat != "none" and self.finetuning_type != FULL,
             "full_variant": self.finetuning_type == FULL and self.variants,
             "taken_out": self.load_in_4bit and str(self.init_lora_weights).startswith(TAKEN_OUT),
             "loftq": self.init_lora_weights == LOFTQ and not (self.load_in_4bit and rounded),
+            "fsdp_alone": self.sharded and self.num_processes < 2,
+            "fsdp_full": self.sharded and self.finetuning_type == FULL,
+            "fsdp_4bit": self.sharded and self.load_in_4bit,
             "thinking": labelled and self.thinking,
             "prompt": not labelled and self.system_prompt == SENTIMENT_PROMPT,
         }
@@ -284,6 +285,11 @@ class Settings(_Keys):
     def training_seed(self) -> int:
         """The seed that training uses: `train_seed` where it is given, else `seed`."""
         return self.seed if self.train_seed < 0 else self.train_seed
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a share of the base alone."""
+        return self.fsdp != "none"
 
     @property
     def variants(self) -> list[str]:

@@ -102,6 +102,9 @@ TALK = {"task": "dialogue", "dataset": "d.jsonl", "system_prompt": "x"}
             ["finetuning_type full trains every weight", "leave adapter out"],
         ),
         ({"finetuning_type": "full", "load_in_4bit": True}, ["weights in 4 bits are frozen", "load_in_4bit to false"]),
+        ({"fsdp": "full_shard"}, ["fsdp shares the base model out", "num_processes to 2 or more"]),
+        ({"fsdp": "full_shard", "num_processes": 2, "load_in_4bit": True}, ["load_in_4bit to false", "fsdp to none"]),
+        ({"fsdp": "full_shard", "num_processes": 2, "finetuning_type": "full"}, ["full freezes nothing"]),
         (
             {"finetuning_type": "full", "use_dora": True, "loraplus_lr_ratio": 2.0},
             ["use_dora, loraplus_lr_ratio: of an adapter", "finetuning_type to lora"],

@@ -24,6 +24,7 @@ from lib.errors import InputError, in_words
 from lib.language import HELP, LABEL, told, translated
 from lib.runs import machine
 from lib.runs.files import PROJECT, data_file, free_space, home, user_path
+from lib.runs.locks import marker_reason
 from lib.runs.manifest import version_of
 
 if TYPE_CHECKING:
@@ -396,7 +397,7 @@ def _llama_cpp() -> Check:
 
 
 def _room() -> list[Check]:
-    """Memory and disk; the output folder only where it cannot be written."""
+    """Memory, disk and its locks; the output folder only where it cannot be written."""
     available = machine.available_memory() / GIB
     memory = f"{available:.1f} GiB available"
     folder = next(p for p in (home(), *home().parents) if p.exists())
@@ -406,6 +407,8 @@ def _room() -> list[Check]:
         _check("Memory", memory, available < MEMORY_GIB and f"{memory}, {MEMORY_GIB:.0f} wanted by params/quick.yaml"),
         _check("Disk", disk, free < DISK_GB and f"{disk}, {DISK_GB:.0f} wanted"),
     ]
+    reason = marker_reason(folder)
+    found.append(_check("Disk locks", f"of the system, and marker files ({reason})" if reason else "of the system"))
     if not os.access(folder, os.W_OK):
         found.append(_check("Output folder", "", f"{folder} cannot be written", BROKEN))
     return found

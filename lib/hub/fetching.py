@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
-from filelock import FileLock
-
 from lib.errors import refusal
 from lib.hub import transport
 from lib.hub.sources import COMMIT, Kind, Remote, RemoteFile, Snapshot, SourceError, choose, is_data, is_offline, parse
@@ -29,6 +27,7 @@ from lib.runs.files import (
     write_json,
     write_text,
 )
+from lib.runs.locks import lock_file
 
 if TYPE_CHECKING:
     import httpx
@@ -228,7 +227,7 @@ class HubRepository:
         token = self._token(address)
         lock = place.parent / ".locks" / place.name / "workbook.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock), transport.open_client(build_hf_headers(token=token)) as client:
+        with lock_file(lock), transport.open_client(build_hf_headers(token=token)) as client:
             commit, files = self._list(address, token)
             blobs = {file: place / "blobs" / (file.sha256 or file.git or "") for file in choose(remote, files)}
             base = f"{address}/{'datasets/' if remote.is_data else ''}{remote.id}/resolve/{commit}"
@@ -332,7 +331,7 @@ class ModelScopeRepository:
         remote, place, base = self.remote, self.folder, self._base(address)
         place.mkdir(parents=True, exist_ok=True)
         revision = quote(remote.revision, safe="")
-        with FileLock(place.with_name(f".{place.name}.lock")), self._client() as client:
+        with lock_file(place.with_name(f".{place.name}.lock")), self._client() as client:
             paths = {file: place / "files" / file.path for file in choose(remote, _listed(client, base, remote))}
             transport.fetch_files(
                 client,

@@ -7,8 +7,9 @@ huggingface_hub's own download starts a file again from nothing in the next proc
 from __future__ import annotations
 
 import re
-import time
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,6 +29,8 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 """Seconds before the second try (doubled each time), and the longest wait that a server may ask for."""
 TIMEOUT = 30.0
 """Seconds without a byte after which a connection counts as broken."""
+TOGETHER = 4
+"""Files that are fetched at a time: one connection seldom fills a line."""
 _RETRIED = frozenset((408, 425, 429, 500, 502, 503, 504))
 
 T = TypeVar("T")
@@ -95,6 +98,10 @@ def token_of(name: str, value: str | None) -> str | None:
     return token or None
 
 
+class _EndedError(Exception):
+    """Another file of the same download failed, or the user ended it."""
+
+
 class _CutOffError(Exception):
     """An answer that ended before the file did; another request brings the rest."""
 
@@ -125,11 +132,14 @@ def _failure(error: Exception) -> tuple[str, float | None, int]:
     return type(error).__name__, None, ATTEMPTS_CONNECT if connect else ATTEMPTS
 
 
-def patiently(request: Callable[[], T], got_bytes: Callable[[], bool] = lambda: False) -> T:
+def patiently(
+    request: Callable[[], T], got_bytes: Callable[[], bool] = lambda: False, ended: threading.Event | None = None
+) -> T:
     """What a request gives, after as many tries as it takes.
 
     Args:
         got_bytes: whether the last try brought bytes, so that the tries are counted from the first again.
+        ended: set when the answer is no longer wanted; ends the waiting between two tries.
 
     Raises:
         UnreachableError: no answer, or no JSON (a proxy's page), or the server asks to wait longer than `LONGEST_WAIT`.
@@ -138,8 +148,8 @@ def patiently(request: Callable[[], T], got_bytes: Callable[[], bool] = lambda: 
     import httpx
     from huggingface_hub.errors import HfHubHTTPError
 
-    failures = 0
-    while True:
+    failures, ended = 0, ended or threading.Event()
+    while not ended.is_set():
         try:
             return request()
         except (httpx.RequestError, httpx.InvalidURL, HfHubHTTPError, _CutOffError) as error:
@@ -149,9 +159,10 @@ def patiently(request: Callable[[], T], got_bytes: Callable[[], bool] = lambda: 
                 raise UnreachableError(reason) from None
             if asked is not None and asked > LONGEST_WAIT:
                 raise UnreachableError(f"{reason}; the server asks to wait {asked:.0f} s") from None
-            time.sleep(asked if asked is not None else FIRST_WAIT * 2 ** (failures - 1))
+            ended.wait(asked if asked is not None else FIRST_WAIT * 2 ** (failures - 1))
         except ValueError:
             raise UnreachableError("it answered with a page, not with JSON") from None
+    raise _EndedError
 
 
 def fetch_files(
@@ -161,7 +172,8 @@ def fetch_files(
     address: Callable[[RemoteFile], str],
     variable: str,
 ) -> None:
-    """Make every target match the listing; files that already do are not fetched again.
+    """Make every target match the listing; files that already do are not fetched again. `TOGETHER` at a time: the first
+    that fails ends the others, whose bytes are kept for the next time.
 
     Args:
         address: where a file is found.
@@ -170,20 +182,35 @@ def fetch_files(
     Raises:
         UnreachableError, HfHubHTTPError, MismatchError: see there. InputError: no room on the disk.
     """
-    missing = {file: path for file, path in targets.items() if difference(path, file)}
-    for path in missing.values():
+    missing = {path: file for file, path in targets.items() if difference(path, file)}  # equal files have one path
+    for path in missing:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # damaged
-    left = sum(max(0, (file.size or 0) - _size(_part(path))) for file, path in missing.items())
+    left = sum(max(0, (file.size or 0) - _size(_part(path))) for path, file in missing.items())
     if left:
         require_space(next(iter(targets.values())).parent, left, remote.words, variable)
-    with Progress(f"downloading {remote.id}, bytes", left) as progress:
-        for file, path in missing.items():
+    ended, counting = threading.Event(), threading.Lock()
+    with Progress(f"downloading {remote.id}, bytes", left) as progress, ThreadPoolExecutor(TOGETHER) as pool:
+
+        def came(count: int) -> None:
+            if ended.is_set():
+                raise _EndedError
+            with counting:
+                progress.advance(count)
+
+        def bring(path: Path, file: RemoteFile) -> None:
             part = _part(path)
-            _download(client, address(file), file, part, progress)
+            _download(client, address(file), file, part, came, ended)
             flush_to_disk(part)
             readable_by_group(part)
             part.replace(path)
+
+        try:
+            for future in as_completed([pool.submit(bring, *pair) for pair in missing.items()]):
+                future.result()
+        finally:
+            ended.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def difference(path: Path, file: RemoteFile) -> str | None:
@@ -212,8 +239,19 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _download(client: httpx.Client, url: str, file: RemoteFile, part: Path, progress: Progress) -> None:
-    """Fill `part` with the file at `url`, continuing what is there; once more from nothing if the bytes are wrong."""
+def _download(
+    client: httpx.Client,
+    url: str,
+    file: RemoteFile,
+    part: Path,
+    came: Callable[[int], None],
+    ended: threading.Event,
+) -> None:
+    """Fill `part` with the file at `url`, continuing what is there; once more from nothing if the bytes are wrong.
+
+    Args:
+        came: told the number of bytes that were written; raises when no more are wanted.
+    """
     had = 0
 
     def append() -> None:
@@ -233,12 +271,12 @@ def _download(client: httpx.Client, url: str, file: RemoteFile, part: Path, prog
             with part.open("ab" if response.status_code == 206 and continued else "wb") as stream:
                 for chunk in response.iter_bytes():
                     stream.write(chunk)
-                    progress.advance(len(chunk))
+                    came(len(chunk))
         if _size(part) < (file.size or 0):
             raise _CutOffError("the connection ended early")
 
     for _ in range(2):
-        patiently(append, lambda: _size(part) > had)
+        patiently(append, lambda: _size(part) > had, ended)
         problem = difference(part, file)
         if problem is None:
             return

@@ -183,13 +183,15 @@ def export_checkpoint(checkpoint: str, folder: Path, wanted: Wanted) -> dict[str
 def _alone(folder: Path) -> Iterator[None]:
     """The folder, written by no other export meanwhile; gone again where nothing came into it."""
     lock, found = files.writable(folder) / ".lock", f"{folder} is being written by another export."
-    with locked(lock, found, "one export a folder.", "wait for it, or choose another --output-dir."):
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
+    try:
+        with locked(lock, found, "one export a folder.", "wait for it, or choose another --output-dir."):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    finally:
+        with contextlib.suppress(OSError):  # it holds something
+            folder.rmdir()
 
 
 def _former(folder: Path, checkpoint: str, force: bool) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from lib.errors import InputError, refusal, refusing
-from lib.runs.locks import folder_alone
+from lib.runs.locks import folder_alone, lock_file
 
 HOME_VARIABLE = "WORKBOOK_HOME"
 """Environment variable: the folder that holds runs/ and reports/ (default: the project's root)."""
@@ -188,16 +188,14 @@ def _beside(output: Path, alone: bool) -> Iterator[Path]:
     if output.exists() and not output.is_file() and not output.is_dir():  # root would replace /dev/null by a file
         raise InputError(f"{output} is no file.", "a file that can be replaced.", "choose another name.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with folder_alone(output.parent):
-        if not _remove_abandoned(output.parent, re.escape(_stem(output.name))) and alone:
-            raise refusal("runs/two-writers", output=output)
-        home = Path(tempfile.mkdtemp(prefix=f".{_stem(output.name)}.", suffix=".part", dir=output.parent))
-        lock = FileLock(home / ".lock").acquire()
-    try:
-        with lock:
-            yield home / output.name  # a converter names the model after its file or folder
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
+    with contextlib.ExitStack() as held:
+        with folder_alone(output.parent):
+            if not _remove_abandoned(output.parent, re.escape(_stem(output.name)), alone) and alone:
+                raise refusal("runs/two-writers", output=output)
+            home = Path(tempfile.mkdtemp(prefix=f".{_stem(output.name)}.", suffix=".part", dir=output.parent))
+            held.callback(shutil.rmtree, home, ignore_errors=True)
+            held.enter_context(lock_file(home / ".lock"))
+        yield home / output.name  # a converter names the model after its file or folder
 
 
 def _stem(name: str) -> str:
@@ -211,15 +209,20 @@ def remove_abandoned(folder: Path) -> None:
         _remove_abandoned(folder, ".+")
 
 
-def _remove_abandoned(folder: Path, pattern: str) -> bool:
-    """Remove what killed processes left of outputs so called; False when a process is writing one now."""
+def _remove_abandoned(folder: Path, pattern: str, alone: bool = False) -> bool:
+    """Remove what killed processes left of outputs so called; False when a process is writing one now.
+
+    Raises:
+        InputError: `alone`, and a process of another machine is writing one, or left it.
+    """
     free, called = True, re.compile(rf"\.{pattern}\.[^.]+\.part", re.S)
     for home in (home for home in folder.iterdir() if called.fullmatch(home.name)):
-        lock = FileLock(home / ".lock", timeout=0)
         try:
-            with lock:
+            with lock_file(home / ".lock", wait=False):
                 shutil.rmtree(home, ignore_errors=True)
-        except Timeout:
+        except (Timeout, InputError) as error:
+            if alone and isinstance(error, InputError):
+                raise
             free = False
         except OSError:  # removed by its own process a moment ago
             continue

@@ -16,11 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from lib.errors import InputError, refusal
 from lib.runs import files
 from lib.runs.files import PROJECT, data_file, object_or_empty, read_json, settle, sha256_file, sha256_json, write_json
+from lib.runs.locks import lock_file
 
 # What is needed to trust a number later: versions and commit.
 
@@ -246,7 +245,7 @@ def ensure(
     place = files.writable(place or files.runs_folder() / "_offline")
     final = place / f"{kind}-{sha256_json(determined_by)[:16]}"
     record = place / f"{final.name}.json"
-    with FileLock(place / f".{final.name}.lock"):
+    with lock_file(place / f".{final.name}.lock"):
         if final.is_dir() and record.is_file() and hash_folder(final) == read_json(record)["files"]:
             return final
         shutil.rmtree(final, ignore_errors=True)

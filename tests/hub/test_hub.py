@@ -15,6 +15,7 @@ from lib.errors import InputError
 from lib.hub import fetching, transport
 from lib.hub.fetching import HubRepository, fetch, fetch_text
 from lib.hub.sources import SourceError, parse
+from lib.progress import PROGRESS_FILE_VARIABLE
 from tests.support.hub_fixture import hub  # noqa: F401
 from tests.support.hub_server import Hub
 
@@ -129,6 +130,60 @@ def test_an_interrupted_download_continues_in_the_next_run(
     repository.requests.clear()
     assert (fetch(name, "main", "model").path / "model.safetensors").read_bytes() == WEIGHTS
     assert [h["Range"] for h in repository.fetched("model.safetensors")] == ["bytes=12000-"]
+
+
+SHARDS = {f"model-{i}-of-6.safetensors": WEIGHTS[i * 5000 :] for i in range(6)}
+
+
+@PLACES
+def test_shards_come_several_at_a_time(
+    hub: Hub,  # noqa: F811
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(PROGRESS_FILE_VARIABLE, str(tmp_path / "progress"))
+    hub.add(
+        "models", "org/model", {**SHARDS, "copy/model-0-of-6.safetensors": WEIGHTS, "config.json": FILES["config.json"]}
+    )
+    hub.faults.pause = 0.1  # before each quarter of a file
+    began = time.monotonic()
+    found = fetch(name, "main", "model").path
+    assert time.monotonic() - began < 0.4 * 6  # one after the other they would take more
+    assert all((found / file).read_bytes() == content for file, content in SHARDS.items())
+    assert transport.TOGETHER == 4
+    whole = sum(map(len, SHARDS.values())) + len(FILES["config.json"])
+    assert f"{whole} done" in (tmp_path / "progress").read_text()
+
+
+@PLACES
+def test_shards_that_were_cut_off_together_all_go_on(hub: Hub, name: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    hub.add("models", "org/model", {**SHARDS, "config.json": FILES["config.json"]})
+    with monkeypatch.context() as patch:
+        patch.setattr(transport, "ATTEMPTS", 1)
+        hub.faults.cut.update(dict.fromkeys(SHARDS, 1))
+        with pytest.raises(SourceError, match="cannot be reached"):
+            fetch(name, "main", "model")
+    left = {path.name: path.stat().st_size for path in Path(os.environ["HF_HOME"]).parent.rglob("*.incomplete")}
+    assert left
+    hub.faults.cut.clear()
+    hub.requests.clear()
+    found = fetch(name, "main", "model").path
+    assert all((found / file).read_bytes() == content for file, content in SHARDS.items())
+    ranges = [headers["Range"] for headers in hub.fetched("model-") if "Range" in headers]
+    assert sorted(ranges) == sorted(
+        f"bytes={size}-" for size in left.values() if size > 1000
+    )  # the last is config.json
+
+
+def test_the_first_lasting_refusal_ends_the_other_files(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(transport, "FIRST_WAIT", 30.0)
+    hub.add("models", "org/model", {**SHARDS, "config.json": FILES["config.json"]})
+    hub.faults.statuses = {"model-2": [403] * 9, "model-1": [503] * 9}  # one waits for its next try meanwhile
+    began = time.monotonic()
+    with pytest.raises(SourceError):
+        fetch("modelscope:org/model", "main", "model")
+    assert time.monotonic() - began < 10
 
 
 @PLACES

@@ -114,6 +114,8 @@ def estimate(model: Any, settings: Settings, length: int, answer: int, prefix: i
     rows = settings.per_device_train_batch_size
     tokens = prefix + rows * (length - prefix)
     kept = layers * s * hidden + layer if settings.gradient_checkpointing else layers * layer
+    if settings.sharded:  # its share, and two layers that are whole at a time
+        linear_held *= min(1.0, 1 / settings.num_processes + 2 / layers)
     return {
         "process": 0,
         "weights": round(linear * linear_held + other * held),
@@ -225,6 +227,9 @@ def _ways(settings: Settings, kind: str, devices: int) -> list[tuple[str, dict[s
     if kind == "cuda" and devices > 1 and settings.num_processes != devices:
         words, changes = _divided(settings, devices)
         ways.insert(0, (f"{devices} processes, one on each GPU{words}", changes))
+        if settings.finetuning_type != FULL and not settings.load_in_4bit:
+            shared = {**changes, "fsdp": "full_shard"}
+            ways.append((f"{devices} processes that share out the frozen layers{words}", shared))
     root: dict[str, Any] = {}
     if settings.num_processes > 1:
         words, single = _divided(settings, 1)
@@ -241,14 +246,13 @@ def _divided(settings: Settings, processes: int) -> tuple[str, dict[str, Any]]:
     """The changes for so many processes with as many rows an update; and a word where that cannot be divided."""
     rows, passes = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     update = rows * passes * settings.num_processes
-    if update % processes:
-        more = rows * passes * processes
-        return f" (an update of {more} rows, not {update})", {"num_processes": processes}
-    each = update // processes
-    fitting = max(size for size in range(1, min(rows, each) + 1) if each % size == 0)
-    changes = {"num_processes": processes, "per_device_train_batch_size": fitting}
-    changes["gradient_accumulation_steps"] = each // fitting
-    return "", {key: value for key, value in changes.items() if getattr(settings, key) != value}
+    changes: dict[str, Any] = {"num_processes": processes, "fsdp": settings.fsdp if processes > 1 else "none"}
+    odd = f" (an update of {rows * passes * processes} rows, not {update})" if update % processes else ""
+    if not odd:
+        each = update // processes
+        fitting = max(size for size in range(1, min(rows, each) + 1) if each % size == 0)
+        changes |= {"per_device_train_batch_size": fitting, "gradient_accumulation_steps": each // fitting}
+    return odd, {key: value for key, value in changes.items() if getattr(settings, key) != value}
 
 
 def _alternatives(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
@@ -262,7 +266,7 @@ def _alternatives(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
     if settings.finetuning_type == FULL:
         plans.append(("LoRA", {**small, "finetuning_type": "lora"}))
     elif not settings.load_in_4bit and machine.bitsandbytes_problem() is None:
-        four = {"load_in_4bit": True, "dtype": "auto"}
+        four = {"load_in_4bit": True, "dtype": "auto", "fsdp": "none"}
         if not settings.gradient_checkpointing:
             plans.append(("QLoRA", {**small, **four}))
         plans.append(("QLoRA with gradient checkpointing", {**again, **four}))

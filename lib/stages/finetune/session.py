@@ -74,6 +74,8 @@ def train(inputs: TrainingInputs) -> dict[str, Any]:
     task, tokenizer = read_task(inputs.data), load_tokenizer(inputs.data / "tokenizer")
     train, validation = (_rows(inputs.data, task, tokenizer, name) for name in ("train", "validation"))
     dtype, reason = machine.compute_dtype(settings.dtype)
+    if settings.sharded and dtype == "float16":
+        raise refusal("finetune/float16-in-shares")
     with base_fits():
         model = _new_model(inputs.base, settings, dtype)
     filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -142,7 +144,8 @@ def _new_model(base: Base, settings: Settings, dtype: str) -> Any:
     from lib.stages.finetune.lora_init import make_up_for_rounding
 
     whole = settings.finetuning_type == FULL
-    model = load_model(base.path, dtype="float32" if whole else dtype, load_in_4bit=settings.load_in_4bit)
+    device = "cpu" if settings.sharded else None  # no single GPU may have room for it
+    model = load_model(base.path, "float32" if whole else dtype, settings.load_in_4bit, device=device)
     model.config.use_cache = False
     set_seed(settings.training_seed)
     if whole:
@@ -195,7 +198,8 @@ def _run_trainer(
     if trainers.warm_up(steps, settings) > steps:
         raise refusal("finetune/long-warm-up", settings=settings, steps=steps)
     arguments = trainers.training_arguments(folder, steps, settings)
-    trainer = trainers.AnswerTrainer(model, arguments, train, validation, collate, settings.loraplus_lr_ratio)
+    more = (settings.loraplus_lr_ratio, settings.sharded)
+    trainer = trainers.AnswerTrainer(model, arguments, train, validation, collate, *more)
     good, messages = checkpoints.find(folder)
     if good and not trainer.goes_on_from(good[-1].path):
         messages.append(data_file("stages/finetune/notes.yaml")["other-pair"])

@@ -53,7 +53,7 @@ _OF_LORA = ("load_in_4bit", "lora_r", "lora_alpha", "lora_dropout", "target_modu
 UNNAMED = (
     *("adapter", "finetuning_type", "qat", "teacher", "distillation_weight"),
     *("weight_decay", "max_grad_norm", "neftune_noise_alpha"),
-    *("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio"),
+    *("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio", "fsdp"),
 )
 """The others, which a product names only where they are not the default: older products know nothing of them."""
 

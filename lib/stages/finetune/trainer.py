@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from peft.optimizers import create_loraplus_optimizer
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -29,9 +30,10 @@ from lib.runs.files import data_file, writing
 from lib.runs.machine import torch_device
 from lib.settings import Settings
 from lib.stages.finetune import checkpoints
-from lib.stages.finetune.batches import Collate, GroupedOrder, MicroBatches
+from lib.stages.finetune.batches import IGNORED, Collate, GroupedOrder, MicroBatches
 from lib.stages.finetune.layout import answer_loss, arithmetic
 from lib.stages.finetune.lora_init import TakenOut
+from lib.stages.finetune.shares import shard
 
 _SCALER: dict[str, Any] = {"init_scale": 2.0**12, "growth_interval": 100}
 """The loss scale of float16 begins below torch's (2¹⁶, 2000), so that a short training loses no updates to finding it;
@@ -60,6 +62,7 @@ class AnswerTrainer(Trainer):
         train, validation: encoded rows.
         collate: makes a batch of rows, padded or packed (`lib.stages.finetune.layout`).
         loraplus_lr_ratio: how many times as fast B learns as A (LoRA+); 0 = they learn alike.
+        sharded: each process keeps its share of the frozen layers alone (`shares.shard`).
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class AnswerTrainer(Trainer):
         validation: list[Encoded],
         collate: Collate,
         loraplus_lr_ratio: float = 0.0,
+        sharded: bool = False,
     ) -> None:
         passes = arguments.gradient_accumulation_steps * arguments.world_size
         rows_per_update = arguments.per_device_train_batch_size * passes
@@ -77,7 +81,9 @@ class AnswerTrainer(Trainer):
         self.validation, self.collate, self.loraplus_lr_ratio = validation, collate, loraplus_lr_ratio
         self.interval_tokens, self.interval_started, self.eval_seconds = 0, time.monotonic(), 0.0
         self.stop_is_asked: Callable[[], bool] = bool
-        self.taken_out = TakenOut.of(model)
+        self.taken_out, self.sharded = TakenOut.of(model), sharded
+        if sharded:
+            shard(model, arguments.device, arguments.world_size)
         super().__init__(
             model=model, args=arguments, train_dataset=train, eval_dataset=validation, data_collator=collate
         )
@@ -98,10 +104,26 @@ class AnswerTrainer(Trainer):
         return DataLoader(self.train_dataset, batch_sampler=own, collate_fn=self._collate_share, pin_memory=pinned)
 
     def _collate_share(self, share: list[Encoded]) -> dict[str, torch.Tensor]:
-        """A batch; of a share without rows one that stands for none, so that its process takes part in the sums."""
+        """A batch; of a share without rows one that stands for none, so that its process takes part in the sums.
+
+        Where the layers are shared out, it takes part in their forward pass too, at no loss position.
+        """
         if share:
             return self.collate(share)
+        if self.sharded:
+            idle = self.collate(self.validation[:1])
+            return {**idle, "labels": torch.full_like(idle["labels"], IGNORED), "row_tokens": torch.tensor(0)}
         return {"labels": torch.zeros((1, 0), dtype=torch.int64), "row_tokens": torch.tensor(0)}
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not self.sharded:  # else every part is where it belongs
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model: Any, *arguments: Any, **options: Any) -> Any:
+        """Where the layers are shared out, DistributedDataParallel for the adapter alone; accelerate refuses that."""
+        if self.sharded and model is self.model:
+            return DistributedDataParallel(model, broadcast_buffers=False)
+        return super()._wrap_model(model, *arguments, **options)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """That of transformers, or peft's of LoRA+ (Hayou et al. 2024, arXiv 2402.12354)."""
@@ -140,7 +162,7 @@ class AnswerTrainer(Trainer):
             return answer_loss(model, inputs)
 
         def own_loss() -> tuple[torch.Tensor, int]:
-            if inputs["row_tokens"]:
+            if inputs["row_tokens"] or self.sharded:
                 return answer_loss(self.model, inputs)
             return sum((0.0 * weights.sum() for weights in self._trained()), torch.zeros((), device=model.device)), 0
 
@@ -224,10 +246,12 @@ class AnswerTrainer(Trainer):
             for start in range(0, math.ceil(len(rows) / processes), size):
                 if stopped := self.stop_is_asked():
                     break
-                if part := own[start : start + size]:
-                    batch = {key: value.to(self.args.device) for key, value in self.collate(part).items()}
+                part = own[start : start + size]
+                if part or self.sharded:  # the others wait for its shares of the layers
+                    batch = self.collate(part or rows[:1])
+                    batch = {key: value.to(self.args.device) for key, value in batch.items()}
                     loss, count = answer_loss(self.model, batch)
-                    total, tokens = total + loss.item(), tokens + count
+                    total, tokens = (total + loss.item(), tokens + count) if part else (total, tokens)
         self.model.train()
         if stopped:
             return None

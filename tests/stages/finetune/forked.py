@@ -26,10 +26,11 @@ import transformers.trainer  # noqa: F401
 
 from lib.models import offline_base
 from lib.models.base_model import base_of
+from lib.models.loading import causal_model
 from lib.runs import machine
 from lib.runs.run import open_run
 from lib.settings import Settings
-from lib.stages.finetune import processes
+from lib.stages.finetune import processes, trainer
 from lib.stages.finetune.session import TrainingInputs
 from lib.stages.finetune.stage import finetune
 from lib.stages.finetune.trainer import AnswerTrainer
@@ -140,6 +141,17 @@ def team(home: Path) -> None:
         def member(rank: int) -> dict[str, Any]:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+            shard = trainer.shard
+
+            def noted(model: Any, *arguments: Any) -> None:
+                layers = causal_model(model).get_decoder().layers
+                frozen = [name for name, weights in layers.named_parameters() if not weights.requires_grad]
+                whole = sum(layers.get_parameter(name).numel() for name in frozen)
+                shard(model, *arguments)
+                held = sum(layers.get_parameter(name).to_local().numel() for name in frozen)
+                (folder / f"held-{rank}").write_text(json.dumps([held, whole]))
+
+            trainer.shard = noted
             if rank == 1 and stop_rank_at is not None:
                 step = AnswerTrainer.training_step
 
@@ -174,6 +186,11 @@ def team(home: Path) -> None:
     results["dropout"] = members(home / "dropout", tiny_settings(**SHORT, **shares))
     results["stopped"] = members(home / "stopped", tiny_settings(**SHORT, **shares), stop_rank_at=2)
     results["again"] = members(home / "stopped", tiny_settings(**SHORT, **shares))
+    apart = {**shares, "fsdp": "full_shard"}
+    results["apart"] = members(home / "apart", tiny_settings(**same, **apart))
+    results["apart-dropout"] = members(home / "apart-dropout", tiny_settings(**SHORT, **apart))
+    results["apart-stopped"] = members(home / "apart-stopped", tiny_settings(**SHORT, **apart), stop_rank_at=2)
+    results["apart-again"] = members(home / "apart-stopped", tiny_settings(**SHORT, **apart))
     print(json.dumps(results))
 
 

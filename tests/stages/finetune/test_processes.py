@@ -108,29 +108,38 @@ def teams(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return {**json.loads(answer.stdout), "home": home}
 
 
-def test_two_processes_train_what_one_trains(teams: dict[str, Any]) -> None:
-    one, two = weights(Path(teams["one"])), teams["home"] / "two" / "checkpoints"
+@pytest.mark.parametrize("team", ["two", "apart"])
+def test_two_processes_train_what_one_trains(teams: dict[str, Any], team: str) -> None:
+    """Also where each of them holds its share of the frozen layers alone."""
+    one, two = weights(Path(teams["one"])), teams["home"] / team / "checkpoints"
     steps = sorted(int(path.name.rpartition("-")[2]) for path in two.iterdir())
     assert steps[-1] == 5 and len(steps) >= 2
-    chosen = teams["two"][0]["facts"]["chosen_step"]
+    chosen = teams[team][0]["facts"]["chosen_step"]
     for name, value in weights(two / f"checkpoint-{chosen}").items():
         np.testing.assert_allclose(value, one[name], atol=ROUNDING)
-    histories = [Path(teams["one"]) / "history.jsonl", teams["home"] / "two" / "history.jsonl"]
+    histories = [Path(teams["one"]) / "history.jsonl", teams["home"] / team / "history.jsonl"]
     first, second = ([json.loads(line) for line in path.read_text().splitlines()] for path in histories)
     for key in ("loss", "eval_loss", "grad_norm", "learning_rate"):
         values = [[row[key] for row in rows if key in row] for rows in (first, second)]
         assert values[0] == pytest.approx(values[1], rel=1e-5) and len(values[0]) == 5
-    assert teams["two"][1] == {"facts": {}}
+    assert teams[team][1] == {"facts": {}}
 
 
-def test_a_stopped_team_goes_on_exactly(teams: dict[str, Any]) -> None:
-    assert teams["stopped"] == [{"stopped": True}, {"stopped": True}]
-    facts = teams["again"][0]["facts"]
-    assert facts["resumed_from"] == 3 and teams["dropout"][0]["facts"]["resumed_from"] is None
-    straight, again = teams["home"] / "dropout" / "checkpoints", teams["home"] / "stopped" / "checkpoints"
+@pytest.mark.parametrize("kind", ["", "apart-"])
+def test_a_stopped_team_goes_on_exactly(teams: dict[str, Any], kind: str) -> None:
+    assert teams[f"{kind}stopped"] == [{"stopped": True}, {"stopped": True}]
+    facts = teams[f"{kind}again"][0]["facts"]
+    assert facts["resumed_from"] == 3 and teams[f"{kind}dropout"][0]["facts"]["resumed_from"] is None
+    straight, again = (teams["home"] / f"{kind}{name}" / "checkpoints" for name in ("dropout", "stopped"))
     assert same(weights(straight / "checkpoint-5"), weights(again / "checkpoint-5"))
     assert (again / "checkpoint-5" / "rng_state_1.pth").is_file()
     assert not list(again.glob(".*"))
+
+
+def test_each_process_holds_its_share_of_the_layers(teams: dict[str, Any]) -> None:
+    held, whole = zip(*(json.loads((teams["home"] / "apart" / f"held-{i}").read_text()) for i in range(2)), strict=True)
+    assert sum(held) == whole[0] == whole[1] and max(held) < 0.6 * whole[0]
+    assert not (teams["home"] / "two" / "held-0").exists()
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

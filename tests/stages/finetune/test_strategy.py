@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from lib.cli import doctor
 from lib.cli.__main__ import app
 from lib.errors import InputError
+from lib.settings import check
 from lib.stages.finetune import memory as finetune_memory
 from tests.stages.finetune.conftest import tiny_settings
 
@@ -120,6 +121,20 @@ def test_several_gpus_train_together_with_the_same_updates(small: str, monkeypat
     found = finetune_memory.recommend(settings(num_processes=2), small)  # a GPU too few
     assert not found["plans"][0]["fits"] and chosen(found)["name"] == "a single process"
     assert chosen(found)["changes"] == {"num_processes": 1, "gradient_accumulation_steps": 2}
+
+
+def test_a_base_that_fits_no_single_gpu_is_shared_out(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 80, "cuda", devices=4)
+    name = "4 processes that share out the frozen layers"
+    plans = {plan["name"]: plan for plan in finetune_memory.recommend(settings(), model)["plans"]}
+    whole, shared = plans["4 processes, one on each GPU"], plans[name]
+    assert shared["changes"] == {**whole["changes"], "fsdp": "full_shard"}
+    assert shared["estimate"]["weights"] < whole["estimate"]["weights"]
+    machine(monkeypatch, (shared["need"] + whole["need"]) / 2 / 0.9 / GIB, "cuda", devices=4)
+    assert chosen(finetune_memory.recommend(settings(), model))["name"] == name
+    asked = settings(num_processes=2, fsdp="full_shard")
+    for plan in finetune_memory.recommend(asked, model)["plans"]:  # what is proposed is no contradiction
+        check({**asked.model_dump(exclude_defaults=True), **plan["changes"]}, "in the plan")
 
 
 def test_processes_on_a_processor_share_its_memory(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
