@@ -373,7 +373,7 @@ def recipe_table(content: Mapping[str, Any]) -> Table:
 def sweep_tables(runs: Iterable[Summary]) -> list[Table]:
     """A table for every set of test rows that several trainings were evaluated on.
 
-    A row is a recipe (`Summary.recipe`): mean and spread of accuracy or answer perplexity over its seeds, the best first.
+    A row is a recipe (`Summary.recipe`): mean and spread of accuracy or answer perplexity over its seeds, best first.
     """
     found: dict[str, dict[str, list[Summary]]] = {}
     for run in runs:

@@ -45,7 +45,7 @@ ReturnToService=2
 SlurmdTimeout=10
 KillWait=30
 MinJobAge=600
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory={memory} State=UNKNOWN
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -81,7 +81,8 @@ class Cluster:
         for name in ("state", "spool", "bin"):
             (folder / name).mkdir()
         ports = {"controller_port": _free_port(), "node_port": _free_port()}
-        text = CONFIG.format(folder=folder, host=self.host, cpus=os.cpu_count(), **ports)
+        memory = psutil.virtual_memory().total >> 20
+        text = CONFIG.format(folder=folder, host=self.host, cpus=os.cpu_count(), memory=memory, **ports)
         (folder / "slurm.conf").write_text(text, encoding="utf-8")
         # the executor's job steps drop SLURM_CONF, which is how this cluster is found
         srun = folder / "bin" / "srun"

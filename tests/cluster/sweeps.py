@@ -104,16 +104,18 @@ class Sweep:
 
 @pytest.fixture(scope="session")
 def place() -> Iterator[Path]:
-    """A folder with a short path, since sockets lie in it."""
-    folder = Path(tempfile.mkdtemp(prefix="wb-"))
+    """A folder with a short path, since sockets lie in it; one that is given keeps what was finished there."""
+    given = os.environ.get("CLUSTER_TEST_PLACE")
+    folder = Path(given or tempfile.mkdtemp(prefix="wb-"))
     folder.chmod(0o755)
     yield folder
-    if not os.environ.get("KEEP_CLUSTER_TEST"):
+    if not given:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def node(place: Path) -> Iterator[Cluster]:
+    shutil.rmtree(place / "slurm", ignore_errors=True)
     (place / "slurm").mkdir()
     with cluster(place / "slurm") as made:
         yield made
@@ -128,13 +130,12 @@ def laptop(place: Path) -> Sweep:
 
 
 @pytest.fixture
-def part(place: Path, laptop: Sweep, request: pytest.FixtureRequest) -> Iterator[Path]:
+def part(place: Path, laptop: Sweep, request: pytest.FixtureRequest) -> Path:
     """A home with the finished sweep but for one run and the choice."""
     home = place / request.node.name.translate(str.maketrans("", "", "[]"))
+    shutil.rmtree(home, ignore_errors=True)
     _copy_without_one_run(laptop.home, home)
-    yield home
-    if not os.environ.get("KEEP_CLUSTER_TEST"):
-        shutil.rmtree(home, ignore_errors=True)
+    return home
 
 
 def _copy_without_one_run(source: Path, home: Path) -> None:
@@ -264,7 +265,7 @@ def test_a_node_that_vanishes(part: Path, laptop: Sweep, node: Cluster) -> None:
 @pytest.fixture
 def small_disk(place: Path, laptop: Sweep) -> Iterator[Path]:
     disk = place / "disk"
-    disk.mkdir()
+    disk.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600m", "tmpfs", str(disk)], check=True)
     try:
         _copy_without_one_run(laptop.home, disk / "home")
@@ -290,6 +291,7 @@ def test_a_full_disk(small_disk: Path, laptop: Sweep, node: Cluster) -> None:
 def test_a_single_job_without_snakemake(place: Path, node: Cluster) -> None:
     """workflow/single.sbatch: one run, cancelled and submitted again."""
     home = place / "single"
+    shutil.rmtree(home, ignore_errors=True)
     home.mkdir()
     environment = {**node.environment, "WORKBOOK_HOME": str(home), "PYTHONPATH": str(PROJECT), "PYTHON": sys.executable}
     options = [word for key, value in SET.items() for word in ("-p", key, json.dumps(value))]
