@@ -64,25 +64,27 @@ def _sweep(config: Mapping[str, Any]) -> dict[str, Any]:
     bases: dict[str, Any] = {}
     first = ""
     for profile in profiles:
-        name = settings.load(profile, common).run_name
+        read = settings.load(profile, common)
+        name, given = read.run_name, read.model_dump(exclude_unset=True)
         first = first or name
-        for chosen in ({} | dict(zip(grid, point, strict=True)) for point in itertools.product(*grid.values())):
+        for point in itertools.product(*grid.values()):
+            chosen = dict(zip(grid, point, strict=True))
             own = {key: value for key, value in chosen.items() if key in shared}
-            base = _run(f"{name}-base{_suffix(own)}", profile, common | own | EMPTY_BASE)
-            run = _run(f"{name}{_suffix(chosen)}", profile, common | chosen)
-            if (twice := next(iter(run), "")) in runs:
-                raise InputError(f"two runs {twice!r}.", "a name for each.", "leave one of them out, or rename it.")
-            bases |= base
-            runs |= {twice: {**run[twice], "base": next(iter(base))}}
+            run, base = f"{name}{_suffix(chosen)}", f"{name}-base{_suffix(own)}"
+            if run in runs:
+                raise InputError(f"two runs {run!r}.", "a name for each.", "leave one of them out, or rename it.")
+            runs[run] = {**_run(run, profile, given, common | chosen), "base": base}
+            if base not in bases:
+                bases[base] = _run(base, profile, given, common | own | EMPTY_BASE)
     return {"name": first, "files": bool(config["files"]), "runs": runs, "bases": bases}
 
 
-def _run(name: str, profile: str, overrides: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """A run by its name, refused as `workbook report` would refuse it."""
+def _run(name: str, profile: str, given: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, str]:
+    """The parameter file, which gives these keys, and the options of a run; refused as `workbook report` would."""
     overrides = {**overrides, "run_name": name}
-    settings.load(profile, overrides)
+    settings.check({**given, **overrides}, profile, overrides)
     options = " ".join(f"-p {key} {shlex.quote(_text(value))}" for key, value in overrides.items())
-    return {name: {"params": profile, "options": options}}
+    return {"params": profile, "options": options}
 
 
 def _axes(grid: Mapping[str, Any]) -> dict[str, list[Any]]:

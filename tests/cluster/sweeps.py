@@ -157,7 +157,7 @@ def same(one: Sweep, other: Sweep) -> None:
     assert one.results() == other.results()
     page = (one.home / "reports" / "index.html").read_text(encoding="utf-8")
     assert all(f'href="{name}/index.html"' in page for name in RUNS)
-    assert "Which run?" in page and page.count("Recipes on the same 60 test rows") == 1
+    assert "Which run?" in page and page.count("<caption>Recipes on the same 60 test rows") == 1
 
 
 def train_job(node: Cluster) -> str:
@@ -298,7 +298,7 @@ def test_a_single_job_without_snakemake(place: Path, node: Cluster) -> None:
     words = f"sbatch --parsable --mem=0 --cpus-per-task=2 --output={home}/job-%j.log workflow/single.sbatch".split()
 
     def submit() -> str:
-        command = [*words, "params/quick.yaml", "--to", "02", *options]
+        command = [*words, "report", "params/quick.yaml", "--to", "02", *options]
         return subprocess.check_output(command, cwd=PROJECT, env=environment, text=True).strip()
 
     number, part = submit(), home / "runs" / "quick" / ".adapter.part" / "checkpoints"
