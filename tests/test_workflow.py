@@ -155,11 +155,16 @@ def test_what_snakemake_and_slurm_read() -> None:
 
 @pytest.mark.skipif(not SNAKEMAKE.is_file(), reason="no .venv-workflow: make workflow")
 @pytest.mark.parametrize(
-    ("grid_", "code", "said"), [("{lora_r: [4, 8]}", 0, "train"), ("{lora_rr: [4]}", 1, "lora_rr")]
+    ("python", "axes", "code", "said"),
+    [
+        (sys.executable, "{lora_r: [4, 8]}", 0, "train"),
+        (sys.executable, "{lora_rr: [4]}", 1, "lora_rr"),
+        ("/absent", "{lora_r: [4]}", 1, "no /absent"),
+    ],
 )
-def test_a_dry_run(tmp_path: Path, home: Path, grid_: str, code: int, said: str) -> None:
+def test_a_dry_run(tmp_path: Path, home: Path, python: str, axes: str, code: int, said: str) -> None:
     path = tmp_path / "sweep.yaml"
-    path.write_text(f"params: {QUICK}\npython: {sys.executable}\ngrid: {grid_}\n", encoding="utf-8")
+    path.write_text(f"params: {QUICK}\npython: {python}\ngrid: {axes}\n", encoding="utf-8")
     words = [SNAKEMAKE, "--configfile", path, "-n", "--cores", "1"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == code and said in done.stdout + done.stderr
