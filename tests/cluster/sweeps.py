@@ -225,8 +225,8 @@ def test_a_cancelled_job(part: Path, laptop: Sweep, node: Cluster) -> None:
 
 @pytest.mark.parametrize("deaf", [False, True], ids=["SIGTERM", "SIGKILL"])
 def test_a_time_limit(part: Path, laptop: Sweep, node: Cluster, deaf: bool) -> None:
-    """Of one minute, in which the training is held until Slurm wakes it by SIGTERM; or never hears that."""
-    sweep = on_slurm(part, node, minutes=1)
+    """Of two minutes, in which the training is held until Slurm wakes it by SIGTERM; or never hears that."""
+    sweep = on_slurm(part, node, minutes=2)
     process = sweep.start()
     sweep.interrupted()
     number, held = train_job(node), _of_home(part)
@@ -240,13 +240,13 @@ def test_a_time_limit(part: Path, laptop: Sweep, node: Cluster, deaf: bool) -> N
         hold("SIGSTOP")
         return number not in node.jobs()
 
-    wait_for(over, 200, "the time limit")
+    wait_for(over, 260, "the time limit")
     if deaf:
         wait_for(lambda: (hold("SIGSTOP"), number in node.jobs("TIMEOUT"))[1], 120, "SIGKILL")
     hold("SIGCONT")
     assert process.wait() != 0 and (deaf or sweep.ended_tidily())
     assert not _of_home(part)
-    for _ in range(4):  # a minute is short: every try makes a step or more
+    for _ in range(4):  # two minutes are short: every try makes a step or more
         if (code := sweep.command()) == 0:
             break
     assert code == 0 and sweep.resumed()
