@@ -44,7 +44,7 @@ test-slow: $(ready) ## every profile from 01 to 06 at its model's real configura
 
 workflow: .venv-workflow/.ready ## Snakemake for sweeps on this machine and on Slurm, into .venv-workflow (docs/scale.md)
 
-test-cluster: $(ready) ## sweeps disturbed and undisturbed, here and on a Slurm node of their own (half an hour; docs/scale.md)
+test-cluster: $(ready) ## sweeps disturbed and undisturbed, here and on a Slurm node of their own (an hour on two cores; docs/scale.md)
 	@$(python) -m pytest tests/cluster/sweeps.py $(ARGS)
 
 fuzz: $(ready) ## broken files of every kind for MINUTES=20; prints each find with its seed (ARGS="gguf table")
