@@ -1,8 +1,8 @@
 """`make test-cluster`: one sweep on this machine and on a Slurm cluster of one node, undisturbed and disturbed.
 
 Not part of `make test` (its name begins with no `test_`): it starts daemons, needs root, Debian's slurm-wlm and munge,
-and `make workflow`, and takes an hour on two busy cores. A disturbed sweep begins as a copy of the finished one without one of its
-runs.
+and `make workflow`, and takes an hour on two busy cores. A disturbed sweep begins as a copy of the finished one without
+one of its runs.
 """
 
 from __future__ import annotations
