@@ -20,7 +20,7 @@ ready :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help report test coverage test-slow fuzz lab doctor params bench screenshots smollm2 wllama docs clean
+.PHONY: help report test test-cluster coverage test-slow workflow fuzz lab doctor params bench screenshots smollm2 wllama docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,11 @@ coverage: $(ready) ## the same tests under coverage, up to half as long again; p
 
 test-slow: $(ready) ## every profile from 01 to 06 at its model's real configuration, cut to two layers (tens of minutes)
 	@$(python) -m pytest -m slow
+
+workflow: .venv-workflow/.ready ## Snakemake for sweeps on this machine and on Slurm, into .venv-workflow (docs/scale.md)
+
+test-cluster: $(ready) ## sweeps disturbed and undisturbed, here and on a Slurm node of their own (an hour on two cores; docs/scale.md)
+	@$(python) -m pytest tests/cluster/sweeps.py $(ARGS)
 
 fuzz: $(ready) ## broken files of every kind for MINUTES=20; prints each find with its seed (ARGS="gguf table")
 	@$(python) -m tests.fuzz --minutes $(MINUTES) $(ARGS)
@@ -76,9 +81,14 @@ wllama: ## fetch the library of the phone page into .cache/wllama (needs npm and
 	@npm install --prefix .cache/wllama --no-audit --no-fund --ignore-scripts --save-exact $(WLLAMA)
 
 clean: ## remove .venv, caches and reports; runs/ stays
-	@rm -rf .venv .cache/benchmarks build .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov *.egg-info
+	@rm -rf .venv .venv-workflow .snakemake .cache/benchmarks build .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov *.egg-info
 	@find reports -mindepth 1 ! -name README.md -delete
 	@find lib tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv-workflow/.ready: workflow/requirements.txt
+	@$(or $(ACTIVE),python3) -m venv .venv-workflow
+	@.venv-workflow/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 .venv/.ready: requirements.txt pyproject.toml scripts/setup.sh
 	@sh scripts/setup.sh

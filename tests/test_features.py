@@ -20,7 +20,7 @@ SPANS = re.findall(r"`([^`\n]+)`", TEXT)
 STATUSES = ("works", "replaced", "not possible here")
 ROW = re.compile(r"^\| S(\d+) \| ([^|]+) \| ([^|]+) \| (.+) \|$", re.M)
 TRIED = [span.removeprefix("$ workbook ") for span in SPANS if span.startswith("$ workbook ")]
-PLACES = ("benchmarks", "docs", "lib", "notebooks", "params", "scripts", "tests")
+PLACES = ("benchmarks", "docs", "lib", "notebooks", "params", "scripts", "tests", "workflow")
 COMMANDS = typer.main.get_command(app)
 
 

@@ -7,23 +7,23 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock
 
 from lib.errors import InputError, refusing
 from lib.language import TAGS, language, retold, translated
 from lib.report.display import Table, build, rows_of, value_at
 from lib.report.sentences import TEMPLATES, environment, sentence, word_rows
 from lib.runs import manifest
-from lib.runs.files import data_file, object_or_empty, write_text
+from lib.runs.files import data_file, object_or_empty, sha256_json, write_text
+from lib.runs.locks import lock_file
 from lib.runs.manifest import NOTEBOOK_OF, Entry
 from lib.runs.run import Run, open_run
 from lib.select.choice import outdated, read_analysis
 from lib.settings import FULL, UNTRAINED, Settings
 from lib.stages.compare.recommend import reworded
 from lib.stages.evaluate.results import ALL, LEAK_FREE, told_apart
-from lib.stages.finetune.stage import PRETRAINING
+from lib.stages.finetune.stage import PRETRAINING, made_with
 from lib.statistics.intervals import Interval
 
 if TYPE_CHECKING:
@@ -103,6 +103,16 @@ class Summary:
             if not notebooks or NOTEBOOK_OF.get(product) in notebooks:
                 merged |= {key: value for key, value in entry.parameters.items() if key in Settings.model_fields}
         return merged
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What rows, base and training were asked for, without the seed of the training.
+
+        An adopted adapter has none, and its run stands alone.
+        """
+        asked = made_with(self.parameters(NOTEBOOK_OF["adapter"]))
+        asked |= {"run_name": self.name} if asked.pop("seed", None) is None else {}
+        return self.parameters(NOTEBOOK_OF["data"]) | asked
 
     def products(self, notebook: str) -> dict[str, Entry]:
         """The products that a notebook makes."""
@@ -356,7 +366,49 @@ def recipe_table(content: Mapping[str, Any]) -> Table:
     return build(rows_of("index.recipes", content["recipes"]), sentence("index.recipes"))
 
 
-# The list of all runs.
+# The list of all runs, and the sweeps among them.
+
+
+def sweep_tables(runs: Iterable[Summary]) -> list[Table]:
+    """A table for every set of test rows that several trainings were evaluated on.
+
+    A row is a recipe (`Summary.recipe`): mean and spread of accuracy or answer perplexity over its seeds, best first.
+    """
+    found: dict[str, dict[str, list[Summary]]] = {}
+    for run in runs:
+        rows = run.entries["data"].outputs.get("test.jsonl") if "data" in run.entries else None
+        if rows and "adapter" in run.entries and ALL in run.qualities.get("fine-tuned", {}):
+            found.setdefault(rows["sha256"], {}).setdefault(sha256_json(run.recipe), []).append(run)
+    return [_sweep(list(recipes.values())) for recipes in found.values() if sum(map(len, recipes.values())) > 1]
+
+
+def _sweep(recipes: list[list[Summary]]) -> Table:
+    first, asked = recipes[0][0], [members[0].recipe for members in recipes]
+    keys = dict.fromkeys(key for own in asked for key in own)
+    differing = [key for key in keys if any(own.get(key) != asked[0].get(key) for own in asked)]
+    entries = []
+    for members, own in zip(recipes, asked, strict=True):
+        # of two runs with one seed, the newer: they are one piece of evidence
+        seeds = {
+            run.entries["adapter"].parameters.get("seed"): run for run in sorted(members, key=lambda run: run.date)
+        }
+        values = [float(getattr(value, "estimate", value)) for value in (_finetuned(run) for run in seeds.values())]
+        told = {
+            "settings": ", ".join(f"{key} {own[key]}" for key in differing if key in own),
+            "runs": ", ".join(sorted(run.name for run in seeds.values())),
+            "mean": mean(values),
+            "seed_sd": stdev(values) if len(values) > 1 else None,
+        }
+        entries.append({**told, "n_seeds": len(values), "seed_range": [min(values), max(values)]})
+    entries.sort(key=lambda entry: entry["mean"], reverse=first.labelled)
+    n = first.qualities["fine-tuned"][ALL][1]
+    return build(
+        rows_of("index.sweep", entries), sentence("index.sweep", labelled=first.labelled, n=n, data=first.data)
+    )
+
+
+def _finetuned(run: Summary) -> Interval | float:
+    return run.qualities["fine-tuned"][ALL][0]
 
 
 def _summary(name: str) -> Summary:
@@ -374,7 +426,7 @@ def write_all_index(reports: Path, total: int = PAGES) -> Path:
         total: pages of a complete report.
     """
     reports.mkdir(parents=True, exist_ok=True)
-    with FileLock(reports / ".index.lock"):  # a report that ends meanwhile must not be missing from the list
+    with lock_file(reports / ".index.lock"):  # a report that ends meanwhile must not be missing from the list
         pages = reports.glob("*/index.html")
         made = {page.parent.name: len(list(page.parent.glob("[0-9][0-9]_*.html"))) for page in pages}
         runs = sorted(map(_summary, sorted(made)), key=lambda run: run.date, reverse=True)
@@ -387,5 +439,6 @@ def write_all_index(reports: Path, total: int = PAGES) -> Path:
             }
         path = reports / "index.html"
         values = {"css": stylesheet(), "runs": runs, "made": made, "total": total, "analysis": analysis}
+        values["sweeps"] = sweep_tables(runs)
         write_text(path, fill("all.html.j2", **values, **choice))
         return path
