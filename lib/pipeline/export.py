@@ -296,7 +296,8 @@ class _Maker:
         task = ConversationTask("instruction", "", max_seq_length=0)
         asked = [ask_prompt(tokenizer, task, dict(prompt), False).ids for prompt in self.wanted.prompts]
         needs_text = any(name == "gptq" for name, _ in todo)
-        argument = {"source": self.merged, "prompts": asked}
+        texts = [prompt["prompt"] for prompt in self.wanted.prompts]
+        argument = {"source": self.merged, "prompts": asked, "texts": texts}
         argument["calibration"] = self._windows().windows if needs_text else []
         text = self.wanted.text
         card = {

@@ -47,6 +47,7 @@ _COSTS = {
     "gptq": Cost(6.6, 410, 720, 3.5),
     "onnx-int8": Cost(3, 120, 500, 8),
     "onnx-int4": Cost(3, 140, 500, 8),
+    "mnn-int4": Cost(12, 1000, 900, 10),
     GGUF: Cost(0.1, 17, 60, 1.7),
 }
 

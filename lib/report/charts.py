@@ -382,7 +382,8 @@ def program(entry: Mapping[str, Any]) -> str:
     """What runs an entry of comparison.json; rates and memory of two programs are not to be compared."""
     if entry.get("kind") != "folder":
         return "llama.cpp"
-    return "torch" if FORMATS[entry["type"]].in_transformers else "ONNX Runtime"
+    found = FORMATS[entry["type"]]
+    return "torch" if found.in_transformers else found.runs_in
 
 
 def speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:
