@@ -129,7 +129,7 @@ def _check(source: Path, output: Path, argument: dict[str, Any], progress: Progr
     Returns:
         "prompts", "positions", "mean_kld", "same_top" of the distributions behind the last tokens of the prompts,
         "uniform_kld" (that of a model that knows nothing), "rows" and "same_labels" (share; None without labels), and
-        of a runtime with a tokenizer of its own "texts" and "cut_otherwise" (the difficult ones that it cuts otherwise).
+        of a runtime with a tokenizer of its own "texts" and "cut_otherwise" (difficult ones that it cuts otherwise).
 
     Raises:
         InputError: the folder does not load, gives numbers that are not finite, cuts the rows into other tokens, or is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 from lib.errors import InputError
 from lib.models.gguf_tokenizer import token_bytes
 from lib.models.loading import count_weights, load_as_saved, quantization_method, weight_bytes
+from lib.progress import Progress
 from lib.runs.files import PROJECT
 from lib.runs.packages import environment_python
 from lib.scoring.folders import open_folder
@@ -241,3 +243,49 @@ def test_the_examples_of_a_package_answer_and_say_nothing_else(exported: Exporte
             continue
         assert [line.partition(":")[0] for line in said.stdout.splitlines()] == [f"{kind}, {n}/" for n in folders]
         assert not re.search(r"Failed to load|MatMul8bitLt|W\d{4} ", said.stderr), said.stderr
+
+
+def test_a_folder_that_knows_nothing_is_not_published(base: Path, tmp_path: Path) -> None:
+    """As exporters have written it: all weights zero."""
+    from safetensors.torch import load_file, save_file
+
+    zeros = Path(shutil.copytree(base, tmp_path / "zeros"))
+    weights = load_file(zeros / "model.safetensors")
+    save_file({name: 0 * tensor for name, tensor in weights.items()}, zeros / "model.safetensors", {"format": "pt"})
+    argument = {"prompts": token_ids(base, 4, 2), "answers": [[300], [301]]}
+    with pytest.raises(InputError, match="nats from the merged model, and one that knows nothing"):
+        child._check(base, zeros, argument, Progress("checking", 2))
+    told = child._check(base, base, argument, Progress("checking", 2))
+    assert told["rows"] == 4 and told["same_labels"] == 1.0 and abs(told["mean_kld"]) < 1e-6 < told["uniform_kld"]
+
+
+@pytest.mark.parametrize("damage", ["zeros", "cut", "gone"])
+def test_an_mnn_folder_with_broken_weights(damage: str, base: Path, exported: Exported, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported("mnn-int4")[0], tmp_path / "copy"))
+    weights = folder / "llm.mnn.weight"
+    size = weights.stat().st_size
+    weights.write_bytes(bytes(size) if damage == "zeros" else weights.read_bytes()[: size // 3])
+    if damage == "gone":
+        weights.unlink()
+    with pytest.raises(
+        InputError, match=r"ended by signal|ended with exit code|knows nothing|lacks llm|MNN does not run"
+    ):
+        child._check(base, folder, {"prompts": token_ids(base, 2, 2)}, Progress("checking", 2))
+
+
+def test_another_tokenizer_is_not_published(base: Path) -> None:
+    from lib.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(base)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [tokenizer(text.replace("\u200d", " "), add_special_tokens=False)["input_ids"] for text in texts]
+
+    told = child._compare_tokens(base, tokenizer, encode, ["酒店", "很好"])
+    assert (
+        told["texts"] == len(child._HARD) + 2
+        and told["cut_otherwise"]
+        and all("\u200d" in t for t in told["cut_otherwise"])
+    )
+    with pytest.raises(InputError, match="the same token ids for every row"):
+        child._compare_tokens(base, tokenizer, encode, ["酒店", "很\u200d好"])
