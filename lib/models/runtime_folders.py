@@ -99,6 +99,16 @@ RUNTIMES = (
 )
 
 
+LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
+"""The programs that need no such table: of GGUF files, and of folders that `runtime_of` does not know."""
+
+
+def program_of(path: Path) -> str:
+    """The program that runs a GGUF file or a folder, in words."""
+    runtime = runtime_of(path)
+    return LLAMA_CPP if path.is_file() else runtime.title if runtime else TRANSFORMERS
+
+
 def runtime_of(folder: Path) -> Runtime | None:
     """The program that a folder is meant for; None for transformers."""
     return next((runtime for runtime in RUNTIMES if (folder / runtime.marker).is_file()), None)
