@@ -48,7 +48,7 @@ def smaller(reference: Entry, others: Sequence[Entry], runtimes: Collection[str]
 
 def program(entry: Entry) -> str:
     """What runs a file or folder; an older comparison does not say so of folders."""
-    return entry.get("runtime") or (LLAMA_CPP if entry["kind"] == GGUF else TRANSFORMERS)
+    return entry.get("runtime") or (LLAMA_CPP if entry.get("kind", GGUF) == GGUF else TRANSFORMERS)
 
 
 def recommend(
