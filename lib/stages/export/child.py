@@ -85,8 +85,8 @@ def make(argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quantize(name: str, source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
-    if name == "gptq":
-        return quantize_gptq(source, output, calibration)
+    if name in ("gptq", "autoround"):
+        return quantize_by_rows(name, source, output, calibration)
     if name.startswith("onnx-"):
         return build_onnx(source, output, name.removeprefix("onnx-"))
     if name == "mnn-int4":
@@ -218,9 +218,11 @@ def build_onnx(source: Path, output: Path, precision: str) -> dict[str, Any]:
     return {"group_size": _BLOCK}
 
 
-# GPTQ by llm-compressor: INT4 weights in groups, each column's error pushed into the columns not yet rounded.
+# GPTQ and AutoRound by llm-compressor: INT4 weights in groups; each column's error is pushed into the columns not yet
+# rounded, or what is rounded up or down is learned by signs of gradients, block by block.
 
-BITS = 4
+BITS, ITERATIONS = 4, 50
+"""Bits a weight; steps of AutoRound on each block (its library's light recipe: 200 take four times as long)."""
 _HEAD = "lm_head"
 
 
@@ -236,10 +238,11 @@ def group_of(widths: set[int]) -> int:
     raise refusal("export/odd-layers", odd=odd, least=GROUPS[-1])
 
 
-def quantize_gptq(source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
+def quantize_by_rows(name: str, source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
     """Quantize a model folder and save it in the packed format of compressed-tensors.
 
     Args:
+        name: "gptq" or "autoround".
         calibration: token ids of the texts whose activations decide what may be rounded how.
 
     Returns:
@@ -249,12 +252,11 @@ def quantize_gptq(source: Path, output: Path, calibration: list[list[int]]) -> d
         InputError: no calibration texts, or layers that no group size fits.
     """
     if not calibration:
-        raise InputError("no rows to calibrate GPTQ with.", "training rows.", "check max_train_rows.")
+        raise InputError(f"no rows to calibrate {name} with.", "training rows.", "check max_train_rows.")
     import torch
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.bfloat16, local_files_only=True)
@@ -262,10 +264,18 @@ def quantize_gptq(source: Path, output: Path, calibration: list[list[int]]) -> d
     size = group_of({layer.in_features for layer in layers.values()})
     weights = QuantizationArgs(num_bits=BITS, type="int", symmetric=True, strategy="group", group_size=size)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    options: dict[str, Any] = {"config_groups": {"group_0": scheme}, "ignore": [_HEAD]}
+    if name == "gptq":
+        from llmcompressor.modifiers.gptq import GPTQModifier as Modifier
+    else:
+        from llmcompressor.modifiers.autoround import AutoRoundModifier as Modifier
+
+        # compiled, it needs a C++ compiler, and leaves processes behind that keep this one from ending
+        options |= {"iters": ITERATIONS, "enable_torch_compile": False}
     oneshot(
         model=model,
         dataset=Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration]),
-        recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=[_HEAD]),
+        recipe=Modifier(**options),
         max_seq_length=max(map(len, calibration)),
         num_calibration_samples=len(calibration),
     )

@@ -83,8 +83,8 @@ FORMATS = {name: Format(name, **values) for name, values in files.data_file("sta
 
 SUMMARY = "exports.json"
 
-CALIBRATION_ROWS = 128
-"""Training rows that GPTQ is calibrated on, evenly spaced."""
+CALIBRATION_ROWS, CALIBRATED = 128, ("gptq", "autoround")
+"""Training rows that these formats are calibrated on, evenly spaced."""
 
 CHECK_PROMPTS = 12
 """Validation rows whose prompts check that a saved folder answers like the merged model."""

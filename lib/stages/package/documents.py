@@ -89,7 +89,7 @@ def requirements(facts: Facts) -> str:
         onnx = {kind for kind in kinds if kind.startswith("onnx")}
         wanted = ["torch", "transformers", "accelerate"] if tree.keys() - {"gguf", "onnx", "mnn"} else ["transformers"]
         wanted += ["bitsandbytes"] if kinds & {"int8", "nf4"} else []
-        wanted += ["compressed_tensors"] if "gptq" in kinds else []
+        wanted += ["compressed_tensors"] if kinds & {"gptq", "autoround"} else []
         wanted += ["onnxruntime_genai"] if onnx else []
         folders = translated("The folders for transformers (torch in the build that suits the device)")
         lines += ["", f"# {folders}", *map(pin, wanted)]

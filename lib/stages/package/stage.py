@@ -29,7 +29,12 @@ from lib.stages.package.phone_page import Rows, request_web, web_parameters, wri
 FORMATS = ("merged_model", "fp16", "int8", "int4", "onnx", "mnn", "gguf")
 """Folders of the export tree."""
 
-EXPORTS = {"fp16": ("fp16",), "int8": ("int8",), "int4": ("nf4", "gptq"), "onnx": ("onnx-int4", "onnx-int8")}
+EXPORTS = {
+    "fp16": ("fp16",),
+    "int8": ("int8",),
+    "int4": ("nf4", "gptq", "autoround"),
+    "onnx": ("onnx-int4", "onnx-int8"),
+}
 EXPORTS["mnn"] = ("mnn-int4",)
 """Formats of the product `exports` that may fill a folder, the first that was made."""
 Maker = Callable[[Run, Sequence[str]], None]

@@ -30,10 +30,16 @@ pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
 Exported = Callable[[str], tuple[Path, dict]]
 each = pytest.mark.parametrize("name", EXPORT_FORMATS)
-METHODS = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "gptq": "compressed-tensors", "torchao-int8": "torchao"}
+METHODS = {
+    "int8": "bitsandbytes",
+    "nf4": "bitsandbytes",
+    "gptq": "compressed-tensors",
+    "autoround": "compressed-tensors",
+    "torchao-int8": "torchao",
+}
 ONNX_FORMATS, MNN_FORMATS = ("onnx-int8", "onnx-int4"), ("mnn-int4",)
 METHODS_OF_OTHERS = {**dict.fromkeys(ONNX_FORMATS, "ONNX Runtime"), **dict.fromkeys(MNN_FORMATS, "MNN")}
-LARGEST_KLD = {"bf16": 0.0, "fp16": 1e-3, "torchao-int8": 5e-3, "int8": 5e-3, "nf4": 0.3, "gptq": 0.3}
+LARGEST_KLD = {"bf16": 0.0, "fp16": 1e-3, "torchao-int8": 5e-3, "int8": 5e-3, "nf4": 0.3, "gptq": 0.3, "autoround": 0.3}
 LARGEST_KLD |= {"onnx-int8": 5e-3, "onnx-int4": 0.5, "mnn-int4": 0.5}
 
 
