@@ -48,7 +48,7 @@ _COSTS = {
     "autoround": Cost(10, 4000, 900, 5),
     "onnx-int8": Cost(3, 120, 500, 8),
     "onnx-int4": Cost(3, 140, 500, 8),
-    "mnn-int4": Cost(12, 1000, 900, 10),
+    "mnn-int4": Cost(12, 300, 900, 8),
     GGUF: Cost(0.1, 17, 60, 1.7),
 }
 
