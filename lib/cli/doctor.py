@@ -158,7 +158,7 @@ def _ask_what_is_here(
     from lib.models.gguf_tokenizer import tokenizer_from_gguf
     from lib.models.loading import load_tokenizer
     from lib.models.merge_plan import check_fit, refuse_unsupported
-    from lib.models.onnx_folder import is_onnx
+    from lib.models.runtime_folders import runtime_of
     from lib.report.data_page import detectable
     from lib.scoring.metric import rows_of_folds
     from lib.settings import OFFLINE_BASE, SAMPLES
@@ -185,7 +185,7 @@ def _ask_what_is_here(
     if not machine.has_module("torch"):
         return rows, unused, counts, 0.0
     own = here(source, OFFLINE_BASE) and base.is_dir()
-    if own and (model is None or is_onnx(base) or any(base.glob("*.safetensors"))):
+    if own and (model is None or runtime_of(base) or any(base.glob("*.safetensors"))):
         check_base_folder(base)
         tokenizer = load_tokenizer(base)
         check_conversion(base, as_base=True)
@@ -369,15 +369,17 @@ def _torch() -> list[Check]:
 
 
 def _libraries() -> list[Check]:
+    from lib.runs.packages import environment_problem, environment_versions
+
     words = f"{version_of('bitsandbytes')}: a small NF4 product is right"
-    exporters = ("llmcompressor", "torchao", "onnxruntime-genai")  # each makes export formats
     return [
         _check("bitsandbytes", words, machine.bitsandbytes_problem()),
         _llama_cpp(),
         *(
             _check(name, version_of(name), not machine.has_module(name.replace("-", "_")) and "not installed")
-            for name in exporters
+            for name in ("llmcompressor", "torchao", "onnxruntime-genai")  # each makes export formats
         ),
+        _check("mnn", environment_versions("mnn").get("mnn", ""), environment_problem("mnn")),
     ]
 
 

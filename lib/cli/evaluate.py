@@ -318,18 +318,22 @@ def compare(
     as_json: bool = False,
 ) -> None:
     """Quantized files and folders against their reference: accuracy, flips, divergence, perplexity, speed, verdict."""
+    from lib.models.gguf_tokenizer import tokenizer_from_gguf
     from lib.report import steps_page
     from lib.runs.manifest import Manifest
     from lib.scoring.metric import metric_of
+    from lib.stages.compare.answers import is_answers, judge_answers, read_answers
     from lib.stages.compare.files import SUMMARY, Comparison, compare_files
     from lib.stages.compare.speed import match_files
 
     if output.name in Manifest(output.resolve().parent / "manifest.json").entries():
         raise InputError(f"{output} is a product of a run.", "a folder of its own.", "choose another --output.")
     replacing(output / SUMMARY, force, lambda path: "recommendation" in object_or_empty(path))
-    phones = match_files(device or [], [reference, *others])
+    answered = [path for path in device or [] if is_answers(path)]
+    phones = match_files([path for path in device or [] if path not in answered], [reference, *others])
     task = rows_from.task()
     rows, source = rows_from.rows(task)
+    given = [read_answers(path, [one.name for one in (reference, *others)], rows) for path in answered]
     metric = metric_of(task)
     margins = {"equivalence_margin": equivalence_margin, "perplexity_margin": perplexity_margin}
     asked = Comparison(
@@ -352,6 +356,17 @@ def compare(
         result = {**result, "devices": phones}
         lines = steps_page.phones(phones, result["files"], result["conditions"]["processor"])
         text += "\n\n" + table(lines, list(lines[0]))
+    if given:
+        types = {entry["file"]: entry["type"] for entry in result["files"]}
+        words = task.answer_words(tokenizer_from_gguf(reference))
+        judged = [
+            {"type": (name := types[one["file"]]), **judge_answers(one, output / f"scores-{name}.jsonl", task, words)}
+            for one in given
+        ]
+        result = {**result, "answers": judged}
+        text += "\n\n" + table(
+            judged, ("device", "runtime", "type", "n", "agree", "right", "right_here", "unread", "p")
+        )
     show(result, as_json, text)
 
 

@@ -83,7 +83,7 @@ def _ask_serve(file: Path, report: dict[str, Any]) -> None:
 
 
 def _ask_run(folder: Path, report: dict[str, Any]) -> None:
-    """Whether ONNX Runtime opens the folder."""
+    """Whether the runtime that it is for opens the folder."""
     from lib.scoring.folders import open_folder
 
     open_folder(folder).close()
@@ -94,6 +94,7 @@ _STEPS: dict[str, tuple[str, Callable[[Path, dict[str, Any]], None]]] = {
     "adapter": ("workbook merge", _ask_merge),
     "gguf": ("workbook serve", _ask_serve),
     "onnx": ("workbook evaluate", _ask_run),
+    "mnn": ("workbook evaluate", _ask_run),
 }
 """Kind of a folder or file → the step that takes it; none here takes an adapter in GGUF."""
 

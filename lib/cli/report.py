@@ -180,17 +180,20 @@ def analyse(names: list[str], output: Path | None = None) -> dict[str, Any]:
     return {**analysis, "file": str(path)}
 
 
-def pick(run: str, max_mb: float | None = None, max_loss: float = 1.0, as_json: bool = False) -> None:
-    """The smallest GGUF file shown to lose no more than allowed; or none, and how many rows would tell."""
+def pick(
+    run: str, max_mb: float | None = None, max_loss: float = 1.0, runtime: str = "", as_json: bool = False
+) -> None:
+    """The smallest file shown to lose no more than allowed; or none, and how many rows would tell."""
     from lib.report.display import rows_of
     from lib.runs.run import known_run
     from lib.stages.compare.recommend import pick_file
     from lib.statistics.losses import advice_words
 
     comparison = known_run(run).require_current("comparison").path / "comparison.json"
-    answer = pick_file(read_json(comparison), max_mb, max_loss)
+    answer = pick_file(read_json(comparison), max_mb, max_loss, runtime.split(","))
     rows = rows_of("select.candidates", answer["candidates"])
-    head = f"loss in {answer['limits']['unit']}, at most {max_loss:g}\n"
+    head = f"loss in {answer['limits']['unit']}, at most {max_loss:g}; speed and memory on this machine: "
+    head += "{processor}, {n_threads} threads, each file in a process of its own\n".format(**answer["measured_on"])
     show(
         answer,
         as_json,

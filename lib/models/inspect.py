@@ -15,7 +15,7 @@ from lib.models.adapters import folder_kind, has_lora, read_adapter, shape_of
 from lib.models.configurations import check_configuration, check_sizes, refuse_other_task
 from lib.models.gguf_file import NUMBERS, TABLES, TensorInfo, computes_in_float32, data_end, read_gguf
 from lib.models.language_model import check_part, holds_more, notes_of
-from lib.models.onnx_folder import check_onnx_folder, is_onnx
+from lib.models.runtime_folders import Runtime, runtime_of
 from lib.models.unpack_source import ids_beyond, read_source
 from lib.models.weights import Weights, impostor, open_weights, read_object
 from lib.prompts.templates import describe_template
@@ -67,7 +67,8 @@ def inspect(path: Path | str) -> dict[str, Any]:
     """Describe a model folder, an adapter folder or a GGUF file.
 
     Returns:
-        {"path", "kind" ("model", "adapter", "gguf", "gguf adapter", "onnx" or "unknown"), "bytes", facts by kind,
+        {"path", "kind" ("model", "adapter", "gguf", "gguf adapter", "onnx", "mnn" or "unknown"), "bytes", facts by
+        kind,
         "notes", "problems"}; with a problem it cannot be used, a note is only worth knowing.
 
     Raises:
@@ -81,14 +82,17 @@ def inspect(path: Path | str) -> dict[str, Any]:
         _describe_gguf(found)
         head["kind"] = "gguf adapter" if "lora_alpha" in found.facts else "gguf"
     elif path.is_dir():
-        kind = "onnx" if is_onnx(path) else folder_kind(path)
+        runtime = runtime_of(path)
+        kind = runtime.module if runtime else folder_kind(path)
         head |= {"bytes": sum(p.stat().st_size for p in path.rglob("*") if p.is_file()), "kind": kind}
         if kind == "unknown":
             have = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
             found.problems.append(f"neither a model nor an adapter: the folder holds {have}")
         _look_at_files(found)
-        if kind != "unknown":
-            {"adapter": _describe_adapter, "onnx": _describe_onnx, "model": _describe_model}[kind](found)
+        if runtime:
+            _describe_runtime(found, runtime)
+        elif kind != "unknown":
+            {"adapter": _describe_adapter, "model": _describe_model}[kind](found)
     else:
         raise InputError(f"no file or folder {path}.", "a model folder, an adapter folder or a GGUF file.", "check it.")
     return {**head, **found.facts, "notes": found.notes, "problems": list(dict.fromkeys(found.problems))}
@@ -114,12 +118,9 @@ def _look_at_files(found: _Findings) -> None:
             found.notes.append(f"{path.name} is code of the repository: the workbook never runs it")
 
 
-def _describe_onnx(found: _Findings) -> None:
-    """A folder for ONNX Runtime GenAI."""
-    told = found.attempt(lambda: check_onnx_folder(found.path)["model"], {})
-    if told:
-        keys = ("type", "vocab_size", "context_length")
-        found.facts |= {key: told[key] for key in keys} | {"layers": told["decoder"]["num_hidden_layers"]}
+def _describe_runtime(found: _Findings, runtime: Runtime) -> None:
+    """A folder for another program than transformers."""
+    found.facts |= found.attempt(lambda: runtime.check(found.path), {})
     _describe_tokenizer(found)
 
 

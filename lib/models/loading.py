@@ -10,7 +10,7 @@ from lib.errors import InputError, refusal, refusing
 from lib.models.adapters import copy_weights, read_adapter, require_adapter
 from lib.models.base_model import check_model_folder
 from lib.models.configurations import as_peft_reads, read_adapter_configuration, read_configuration
-from lib.models.onnx_folder import is_onnx, onnx_files
+from lib.models.runtime_folders import runtime_of
 from lib.models.weights import infinite, open_weights
 from lib.runs import machine
 from lib.runs.files import write_json
@@ -24,14 +24,11 @@ LIBRARIES = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_t
 """quant_method of config.json → the package that transformers needs to read it."""
 
 
-ONNX = "ONNX Runtime"
-"""What `quantization_method` says of folders that no transformers reads."""
-
-
 def quantization_method(folder: Path) -> str | None:
-    """`quant_method` of the folder's config.json, or `ONNX`; None for plain weights (or no folder at all)."""
-    if is_onnx(folder):
-        return ONNX
+    """`quant_method` of the folder's config.json, or the runtime that reads it instead of transformers; None for plain
+    weights (or no folder at all)."""
+    if runtime := runtime_of(folder):
+        return runtime.title
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -39,13 +36,14 @@ def quantization_method(folder: Path) -> str | None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes on the disk of the folder's weight files (safetensors; of ONNX graph and weights)."""
+    """Bytes on the disk of the folder's weight files (safetensors; of other runtimes graph and weights)."""
     return sum(path.stat().st_size for path in weight_files(folder))
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights."""
-    return onnx_files(folder) if is_onnx(folder) else [*open_weights(folder).files]
+    runtime = runtime_of(folder)
+    return runtime.files(folder) if runtime else [*open_weights(folder).files]
 
 
 def count_weights(folder: Path) -> int:
@@ -54,7 +52,8 @@ def count_weights(folder: Path) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    name = runtime.configuration if (runtime := runtime_of(folder)) else "config.json"
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, _configuration_file=name)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):

@@ -49,16 +49,6 @@ _DOMAINS = {"", "ai.onnx", "com.microsoft"}
 """Where the operators come from that ONNX Runtime itself has."""
 
 
-def is_onnx(folder: Path) -> bool:
-    """Whether a folder is meant for ONNX Runtime GenAI."""
-    return (folder / CONFIG).is_file()
-
-
-def onnx_files(folder: Path) -> list[Path]:
-    """Graph and weights."""
-    return sorted(folder.glob(f"{GRAPH}*"))
-
-
 def check_onnx_folder(folder: Path) -> dict[str, Any]:
     """The content of genai_config.json of a folder that can be run as it is.
 

@@ -39,7 +39,7 @@ from lib.settings import IMATRIX_TYPES, UNQUANTIZED
 from lib.stages.convert.official import check_conversion, convert_folder
 from lib.stages.evaluate.standalone import ModelOptions, ask_models, evaluate_models, tokenizer_of
 from lib.stages.export.sizes import predict_folder
-from lib.stages.export.stage import FORMATS, make_format
+from lib.stages.export.stage import CALIBRATED, FORMATS, make_format
 from lib.stages.quantize.calibration import Windows, collect, text_windows
 from lib.stages.quantize.files import Options, quantize_files
 
@@ -87,7 +87,7 @@ def check_wanted(wanted: Wanted) -> None:
         InputError: what has to be calibrated, without a text.
     """
     if wanted.text is None:
-        needing = [name for name in wanted.formats if name == "gptq"]
+        needing = [name for name in wanted.formats if name in CALIBRATED]
         needing += [f"{GGUF}:{name}" for name in wanted.recipes if name in IMATRIX_TYPES]
         if needing:
             raise refusal("pipeline/without-text", needing=", ".join(needing))
@@ -287,7 +287,7 @@ class _Maker:
         """The formats that transformers loads."""
         todo = []
         for name in self.wanted.formats:
-            made_with = self._key(f"{name} by {FORMATS[name].maker()}", name == "gptq")
+            made_with = self._key(f"{name} by {FORMATS[name].maker()}", name in CALIBRATED)
             if not self._made_before(name, made_with):
                 todo.append((name, made_with))
         if not todo:
@@ -297,8 +297,9 @@ class _Maker:
         tokenizer = tokenizer_of(self.merged, self.merged)
         task = ConversationTask("instruction", "", max_seq_length=0)
         asked = [ask_prompt(tokenizer, task, dict(prompt), False).ids for prompt in self.wanted.prompts]
-        needs_text = any(name == "gptq" for name, _ in todo)
-        argument = {"source": self.merged, "prompts": asked}
+        needs_text = any(name in CALIBRATED for name, _ in todo)
+        texts = [prompt["prompt"] for prompt in self.wanted.prompts]
+        argument = {"source": self.merged, "prompts": asked, "texts": texts}
         argument["calibration"] = self._windows().windows if needs_text else []
         text = self.wanted.text
         card = {

@@ -25,7 +25,7 @@ def write_papers(folder: Path, report: Mapping[str, Any], prompts: Sequence[Mapp
         report: the content of export_report.json. prompts: those that the formats were asked; the first is the example.
     """
     folders = [
-        {**r, "note": FORMATS[r["format"]].note, "in_transformers": FORMATS[r["format"]].in_transformers}
+        {**r, "note": FORMATS[r["format"]].note, "runs_in": FORMATS[r["format"]].runs_in}
         for r in report["formats"]
         if r["format"] in FORMATS
     ]
@@ -34,7 +34,8 @@ def write_papers(folder: Path, report: Mapping[str, Any], prompts: Sequence[Mapp
         "report": report,
         "folders": folders,
         "gguf": gguf,
-        "onnx": not all(record["in_transformers"] for record in folders),
+        "onnx": any(record["runs_in"] == "ONNX Runtime" for record in folders),
+        "mnn": any(record["runs_in"] == "MNN" for record in folders),
         "question": prompts[0]["prompt"],
         "thinks": report["merged_model"]["checks"]["thinking"] is not None,
         "chatter": CHATTER,
@@ -51,6 +52,7 @@ def _requirements(folders: Sequence[Mapping[str, Any]], gguf: Sequence[Mapping[s
     needs = dict.fromkeys(name for record in folders for name in FORMATS[record["format"]].needs)
     lines = [f"# {translated('The folders for transformers (torch in the build that suits the device)')}"]
     lines += [pin(name) for name in ("torch", "transformers", "accelerate", *(n for n in needs if n != "accelerate"))]
+    lines += [line for record in folders if (made := FORMATS[record["format"]]).environment for line in made.pins()[:1]]
     return lines + ([f"# {translated('The files in gguf/')}", *closure("llama_cpp_python")] if gguf else [])
 
 

@@ -202,8 +202,8 @@ def possible_formats(settings: Settings, shapes: Shapes) -> dict[str, str]:
 
     problems = {name: FORMATS[name].problem() for name in settings.export_formats}
     widths = {shape[1] for name, shape in shapes.items() if len(shape) == 2 and ".layers." in name}
-    if "gptq" in problems and group_size(widths) is None:
-        problems["gptq"] = "rows that no group of 16 weights divides"
+    for name in problems.keys() & {"gptq", "autoround"} if group_size(widths) is None else ():
+        problems[name] = "rows that no group of 16 weights divides"
     return {name: problem for name, problem in problems.items() if problem}
 
 

@@ -45,8 +45,10 @@ _COSTS = {
     "nf4": Cost(2.3, 15, 430, 3),
     "torchao-int8": Cost(1.5, 7, 380, 6),
     "gptq": Cost(6.6, 410, 720, 3.5),
+    "autoround": Cost(10, 4000, 900, 5),
     "onnx-int8": Cost(3, 120, 500, 8),
     "onnx-int4": Cost(3, 140, 500, 8),
+    "mnn-int4": Cost(12, 300, 900, 8),
     GGUF: Cost(0.1, 17, 60, 1.7),
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 from lib.report.display import figure, rows_of, tell
 from lib.report.looks import BLUE, GREEN, GREY, ORANGE, axis_label, panels, readable, replaced, word
 from lib.report.sentences import sentence
-from lib.stages.export.stage import FORMATS
+from lib.stages.compare.recommend import program
 from lib.statistics import noninferiority
 
 if TYPE_CHECKING:
@@ -376,13 +376,6 @@ def _name_points(ax: Any, points: Mapping[str, tuple[float, float]]) -> None:
         if (x, y) != _DISTANCES[0]:
             line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
             ax.annotate("", place, (x * right, y * above), textcoords="offset points", arrowprops=line, zorder=1)
-
-
-def program(entry: Mapping[str, Any]) -> str:
-    """What runs an entry of comparison.json; rates and memory of two programs are not to be compared."""
-    if entry.get("kind") != "folder":
-        return "llama.cpp"
-    return "torch" if FORMATS[entry["type"]].in_transformers else "ONNX Runtime"
 
 
 def speed_and_memory(entries: Sequence[Mapping[str, Any]], frontier: Sequence[str]) -> HTML:

@@ -39,6 +39,7 @@ from lib.runs.files import data_file
 from lib.scoring.accuracy import ODDS_LIMIT
 from lib.scoring.metric import ACCURACY
 from lib.settings import GRID_SIZABLE
+from lib.stages.compare.recommend import program
 from lib.stages.compare.speed import MEMORIES
 from lib.statistics.intervals import limits_text
 from lib.statistics.losses import KEEPS_LITTLE, keeps_little
@@ -129,7 +130,7 @@ class _Page:
         where = self.result.conditions
         runs = {kind: sorted(e[f"{kind}_runs"] for e in self.files) for kind in ("load", "prompt", "generation")}
         counts = {"threads": where["n_threads"], "runs": runs}
-        rows = rows_of("compare.speeds", self.files, program=charts.program)
+        rows = rows_of("compare.speeds", self.files, program=program)
         measured = table(rows, sentence("compare.speeds", processor=where["processor"], **counts))
         return charts.speed_and_memory(self.files, self.result.frontier), measured
 

@@ -195,8 +195,11 @@ def exports(found: ExportsResult) -> Shown:
 
 def compared(files: Iterable[Entry], formats: Iterable[Mapping[str, str]]) -> str:
     """What stands in the tables of 07 beside GGUF files, and what is not there."""
-    onnx = [entry["type"] for entry in files if entry["type"] in FORMATS and not FORMATS[entry["type"]].in_transformers]
-    return in_markdown("quantize.compared", files=files, skipped_formats=list(formats), onnx=onnx)
+    others: dict[str, list[str]] = {}
+    for entry in files:
+        if (found := FORMATS.get(entry["type"])) and not found.in_transformers:
+            others.setdefault(found.runs_in, []).append(entry["type"])
+    return in_markdown("quantize.compared", files=files, skipped_formats=list(formats), others=others)
 
 
 def learned(result: QuantizeResult, exported: ExportsResult) -> Markdown:

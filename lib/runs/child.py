@@ -46,6 +46,7 @@ def run_child(
     timeout: float | None = None,
     stop: threading.Event | None = None,
     heard: Callable[[str], None] | None = None,
+    python: str = sys.executable,
 ) -> dict[str, Any]:
     """Call ``function(argument)`` in a new Python process.
 
@@ -56,6 +57,7 @@ def run_child(
         timeout: seconds after which the child is killed; None waits forever.
         stop: for several children at once, each waited for in a thread: when it is set, the child is killed.
         heard: called with the child's newest line of progress; nothing is shown here then.
+        python: of another environment (`lib.runs.packages.environment_python`).
 
     Returns:
         The function's dict, and where it has none "peak_memory_mib", the child's largest resident memory.
@@ -71,7 +73,7 @@ def run_child(
         (folder / "request.json").write_text(json.dumps(request, default=_plain), encoding="utf-8")
         log = logging.getLogger(__name__)
         log.debug("%s: %s in a process of its own", what, function)
-        code = _start_and_wait(folder, what, timeout, stop, heard)
+        code = _start_and_wait(folder, what, timeout, stop, heard, python)
         log.debug("%s: ended with %s", what, code)
         result = folder / "result.json"
         if result.exists():
@@ -116,6 +118,7 @@ def _start_and_wait(
     timeout: float | None,
     stop: threading.Event | None,
     heard: Callable[[str], None] | None,
+    python: str,
 ) -> int:
     """Exit code of the child (negative: signal); the child never outlives this call.
 
@@ -123,7 +126,7 @@ def _start_and_wait(
     """
     headless = None if heard else os.environ.get(PROGRESS_FILE_VARIABLE)
     lines = folder / "progress.txt"
-    command = [sys.executable, "-P", "-m", "lib.runs.child", str(folder)]
+    command = [python, "-P", "-m", "lib.runs.child", str(folder)]
     started = time.monotonic()
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(

@@ -60,6 +60,7 @@ class Work:
         file: takes further batches; None where nothing is kept.
         found: what an interrupted run had already done, in words; empty for nothing.
         before: seconds of earlier runs.
+        peak: gives the largest resident memory of what computes, MiB.
     """
 
     progress: Progress
@@ -69,6 +70,7 @@ class Work:
     found: str = ""
     before: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+    peak: Callable[[], float] = peak_memory_mib
 
     @property
     def seconds(self) -> float:
@@ -95,7 +97,7 @@ class Work:
         started = time.perf_counter()
         values = compute()
         if self.file is not None:
-            cost = {"seconds": time.perf_counter() - started, "peak_memory_mib": peak_memory_mib()}
+            cost = {"seconds": time.perf_counter() - started, "peak_memory_mib": self.peak()}
             _append(self.file, {"rows": names, "values": values, **cost})
         return values
 
@@ -108,6 +110,7 @@ def keeping(
     names: Sequence[str],
     prompts: Sequence[list[int]],
     settings: dict[str, Any],
+    peak: Callable[[], float] = peak_memory_mib,
     **asked: Any,
 ) -> Iterator[Work]:
     """Work on prompts with a progress line that says what was found done.
@@ -117,7 +120,7 @@ def keeping(
         what: the work in words.
         unit: what the file holds, in words as in "rows already scored".
         names: the prompts' ids, in their order.
-        settings: of the backend.
+        settings, peak: of the backend: its settings, and what gives the largest resident memory, MiB.
         asked: what is asked of every prompt, JSON values: "labels", "spans" or "writing".
 
     Raises:
@@ -125,7 +128,7 @@ def keeping(
     """
     if keep is None:
         with Progress(what, len(prompts)) as progress:
-            yield Work(progress)
+            yield Work(progress, peak=peak)
         return
     header = {"model": keep.model, "rows": sha256_json(list(names)), "prompts": sha256_json(list(prompts))}
     keep.path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +139,8 @@ def keeping(
         if found:
             say(f"{what} ({found})")
         with Progress(what, len(prompts), already=done) as progress:
-            yield Work(progress, names, kept, file, found, float(sum(batch["seconds"] for batch in kept)))
+            before = float(sum(batch["seconds"] for batch in kept))
+            yield Work(progress, names, kept, file, found, before, peak=peak)
 
 
 def _continued(file: IO[bytes], header: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
@@ -238,6 +242,7 @@ class Backend(ABC):
         most_answer: most tokens of an answer; None = any.
         note: what was done otherwise than usual, in words; empty when nothing was.
         settings: what beside the model changes the rounding of the numbers, JSON values.
+        load_seconds: of the model alone, where a process is started besides; None = as long as it took.
     """
 
     name: str
@@ -247,6 +252,7 @@ class Backend(ABC):
     most_answer: int | None = None
     note = ""
     settings: dict[str, Any]
+    load_seconds: float | None = None
 
     @abstractmethod
     def window_logits(self, ids: list[int], first: int = 0) -> np.ndarray:
@@ -270,6 +276,10 @@ class Backend(ABC):
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+    def peak_memory_mib(self) -> float:
+        """Largest resident memory of the process that computes, MiB."""
+        return peak_memory_mib()
 
     @abstractmethod
     def _plan(self, jobs: Sequence[Job], alike: bool) -> tuple[Iterable[Sequence[Job]], Run]:

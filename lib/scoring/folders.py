@@ -1,11 +1,11 @@
-"""The backend that runs a model folder as it is saved: ONNX Runtime GenAI or transformers."""
+"""The backend that runs a model folder as it is saved: transformers, or a runtime in a process of its own."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from lib.models.base_model import check_model_folder
-from lib.models.onnx_folder import check_onnx_folder, is_onnx
+from lib.models.runtime_folders import runtime_of
 from lib.scoring.backend import Backend
 
 
@@ -13,9 +13,10 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder that `open_folder` could not run, before anything is loaded.
 
     Raises:
-        InputError: as `check_onnx_folder` or `check_model_folder`.
+        InputError: as `Runtime.check` or `check_model_folder`.
     """
-    (check_onnx_folder if is_onnx(folder) else check_model_folder)(folder)
+    runtime = runtime_of(folder)
+    (runtime.check if runtime else check_model_folder)(folder)
 
 
 def open_folder(
@@ -25,15 +26,15 @@ def open_folder(
 
     Args:
         batch_size: sequences a forward pass, where the runtime takes several.
-        n_threads: of ONNX Runtime (torch has its own setting). n_ctx: most tokens of a text that it writes.
+        n_threads: of such a runtime (torch has its own setting). n_ctx: most tokens of a text that it writes.
 
     Raises:
         InputError: a folder that does not load.
     """
-    if is_onnx(folder):
-        from lib.scoring.onnx_backend import OnnxBackend
+    if runtime := runtime_of(folder):
+        from lib.scoring.process_backend import ProcessBackend
 
-        return OnnxBackend(folder, n_threads, n_ctx, name)
+        return ProcessBackend(folder, runtime, n_threads, n_ctx, name)
     from lib.models.loading import load_as_saved
     from lib.scoring.torch_backend import TransformersBackend
 

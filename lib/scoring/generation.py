@@ -293,7 +293,8 @@ def write_all(
     names, answers = [str(place) for place in range(len(prompts))], []
     words, unit = f"{what} of {backend.name}", f"{what} already written"
     question = {"most": most, "ends": sorted(ends), "sampling": sampling and asdict(sampling)}
-    with keeping(keep, words, unit, names, prompts, backend.settings, writing=question) as work:
+    peak = backend.peak_memory_mib
+    with keeping(keep, words, unit, names, prompts, backend.settings, peak, writing=question) as work:
         for place, ids in enumerate(prompts):
             answer = functools.partial(write, backend.new_text(), ids, most, ends, sampling)
             (made,) = work.take([place], lambda answer=answer: [asdict(answer())], _is_written)

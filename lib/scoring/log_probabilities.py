@@ -296,7 +296,9 @@ def score_ids(backend: Backend, rows: RowIds, what: str, keep: Keep | None = Non
     asked: dict[str, Any] = {"labels": rows.answers}
     if not rows.answers:
         asked = {"spans": sha256_json([[list(span) for span in row] for row in rows.spans])}
-    with keeping(keep, what, SCORED, rows.names, rows.prompts, backend.settings, **asked) as work:
+    with keeping(
+        keep, what, SCORED, rows.names, rows.prompts, backend.settings, backend.peak_memory_mib, **asked
+    ) as work:
         if rows.answers:
             values = backend.label_log_probs(rows.prompts, rows.answers, work)
         else:

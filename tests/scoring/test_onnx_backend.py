@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from lib.cli.__main__ import app
 from lib.errors import InputError
-from lib.models.onnx_folder import CONFIG, GRAPH, check_onnx_folder, is_onnx
+from lib.models.onnx_folder import CONFIG, GRAPH, check_onnx_folder
+from lib.models.runtime_folders import runtime_of
 from lib.scoring.backend import Backend
 from lib.scoring.folders import open_folder
 from lib.scoring.generation import write
@@ -68,7 +69,7 @@ def test_labels_as_transformers_scores_them(base: Path, both: tuple[Backend, Bac
 
 def test_answers_and_windows_as_transformers(base: Path, both: tuple[Backend, Backend], monkeypatch) -> None:
     """In passes of a few tokens, as long texts are computed."""
-    monkeypatch.setattr("lib.scoring.onnx_backend._CHUNK", 7)
+    monkeypatch.setattr("lib.scoring.process_backend._CHUNK", 7)
     rows = prompts(base)
     spans = [[[2, 5], [len(ids) - 3, len(ids)]] for ids in rows]
     for ours, theirs in zip(*(backend.token_log_probs(rows, spans) for backend in both), strict=True):
@@ -204,7 +205,7 @@ def test_inspect_and_doctor_know_it(base: Path, folder: Path, tmp_path: Path) ->
 
 
 def test_without_its_package_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert is_onnx(folder)
+    assert runtime_of(folder).title == "ONNX Runtime"
     monkeypatch.setattr("lib.models.onnx_folder.has_module", lambda name: False)
     with pytest.raises(InputError, match=r"onnxruntime_genai, onnx are not installed.*extra onnx"):
         open_folder(folder)

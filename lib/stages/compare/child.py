@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib.errors import InputError, refusal
-from lib.models.onnx_folder import is_onnx
+from lib.models.runtime_folders import runtime_of
 from lib.models.weights import open_weights
 from lib.prompts.tasks import Task, texts_of
-from lib.runs.child import peak_memory_mib
 from lib.runs.machine import no_warnings, quiet
 from lib.scoring.backend import Keep, kept_peak_memory_mib, model_hash
 from lib.scoring.llama_backend import LlamaCppBackend
@@ -163,7 +162,7 @@ def _measure_gguf(path: Path, argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure_folder(path: Path, argument: dict[str, Any]) -> dict[str, Any]:
-    """A folder, in the program that it is for: transformers or ONNX Runtime."""
+    """A folder, in the program that it is for: transformers or another runtime."""
     from lib.models.loading import count_weights, weight_bytes, weight_files
     from lib.scoring.folders import open_folder
 
@@ -177,8 +176,8 @@ def _measure_folder(path: Path, argument: dict[str, Any]) -> dict[str, Any]:
 
     def seconds_of_a_load() -> float:
         started = time.perf_counter()
-        with open_folder(path, BATCH, **place):
-            return time.perf_counter() - started
+        with open_folder(path, BATCH, **place) as backend:
+            return backend.load_seconds or time.perf_counter() - started
 
     loads = speed.repeat(seconds_of_a_load, *speed.LOADS)
     with open_folder(path, BATCH, **place) as backend:
@@ -187,7 +186,7 @@ def _measure_folder(path: Path, argument: dict[str, Any]) -> dict[str, Any]:
         return {
             "bytes": weight_bytes(path),
             "weights": weights,
-            "tensor_bytes": weight_bytes(path) if is_onnx(path) else open_weights(path).nbytes,
+            "tensor_bytes": weight_bytes(path) if runtime_of(path) else open_weights(path).nbytes,
             "speed": speed.rates(loads, len(prompt), *times),
             **score(backend, argument, "leave this format out of export_formats."),
             **_measure_text(backend, argument),
@@ -277,7 +276,7 @@ def score(backend: Backend, argument: Mapping[str, Any], remedy: str) -> dict[st
     if not np.isfinite(values).all():
         name = Path(argument["path"]).name
         raise InputError(f"{name} gives log-probabilities that are not numbers.", "finite log-probabilities.", remedy)
-    memory = max(peak_memory_mib(), kept_peak_memory_mib(keep.path))
+    memory = max(backend.peak_memory_mib(), kept_peak_memory_mib(keep.path))
     return {"log_probs": values.tolist(), "score_seconds": seconds, "found": found, "memory_mib": memory}
 
 

@@ -15,6 +15,7 @@ from lib.errors import InputError, refusal
 from lib.language import ENGLISH, speaking
 from lib.models.gguf_file import ARCHITECTURES, check_model_gguf, read_metadata
 from lib.models.gguf_tokenizer import tokenizer_from_gguf
+from lib.models.runtime_folders import program_of
 from lib.progress import say
 from lib.prompts.tasks import Task, in_model_tags
 from lib.runs.child import run_child
@@ -303,6 +304,7 @@ def _entries(
             "type": one.name,
             "kind": FOLDER if one.path.is_dir() else GGUF,
             "file": one.path.name,
+            "runtime": program_of(one.path),
             "bytes": one.answer["bytes"],
             "read_bytes": None if one.path.is_dir() else read_bytes(one.path, one.answer["tensor_bytes"]),
             "bits_per_weight": 8 * one.answer["tensor_bytes"] / one.answer["weights"],

@@ -6,12 +6,13 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lib.errors import InputError, refusal
 from lib.language import sentences
+from lib.models.runtime_folders import LLAMA_CPP, RUNTIMES, TRANSFORMERS
 from lib.runs.render import render
 from lib.scoring.metric import Entry, Metric, metric_in
 from lib.stages.compare.changes import GGUF, UNTUNED
@@ -36,13 +37,28 @@ def judge(
     return noninferiority.verdicts(tested, [entry for entry in others if entry not in tested], margin)
 
 
-def smaller(reference: Entry, others: Sequence[Entry]) -> list[Entry]:
-    """The GGUF files that save anything: one that is as large as the reference, or larger, is never recommended."""
-    return [entry for entry in others if entry["kind"] == GGUF and entry["bytes"] < reference["bytes"]]
+def smaller(reference: Entry, others: Sequence[Entry], runtimes: Collection[str] = (LLAMA_CPP,)) -> list[Entry]:
+    """The files that save anything: one that is as large as the reference, or larger, is never recommended.
+
+    Args:
+        runtimes: programs whose files are meant, as entries name them.
+    """
+    return [entry for entry in others if program(entry) in runtimes and entry["bytes"] < reference["bytes"]]
+
+
+def program(entry: Entry) -> str:
+    """What runs a file or folder; an older comparison does not say so of folders."""
+    return entry.get("runtime") or (LLAMA_CPP if entry.get("kind", GGUF) == GGUF else TRANSFORMERS)
 
 
 def recommend(
-    metric: Metric, reference: Entry, files: Sequence[Entry], margin: float, floor: float | None, trained: bool = True
+    metric: Metric,
+    reference: Entry,
+    files: Sequence[Entry],
+    margin: float,
+    floor: float | None,
+    trained: bool = True,
+    runtimes: Collection[str] = (LLAMA_CPP,),
 ) -> dict[str, Any]:
     """The recommendation: the smallest file that is good enough.
 
@@ -50,6 +66,7 @@ def recommend(
         reference, files: entries of comparison.json; of the files only those of `smaller` can be recommended;
             folders for other programs are named in the details.
         margin: in `metric.loss_unit`. floor: what the reference must beat (`Metric.floor`).
+        runtimes: programs whose files are meant.
         trained: False of a run in which nothing is trained, which nobody is told to do first.
 
     Returns:
@@ -62,8 +79,8 @@ def recommend(
         that is and the facts beside it; with the headline at most 60 words) and "details" (paragraphs behind blank
         lines). Whoever reads a comparison adds a "warning" (`lib.stages.compare.changes.with_retention`).
     """
-    folders = [entry for entry in files if entry["kind"] != GGUF]
-    files = smaller(reference, files)
+    folders = [entry for entry in files if entry["kind"] != GGUF and program(entry) not in runtimes]
+    files = smaller(reference, files, runtimes)
     order, folds = noninferiority.by_size(files), reference.get("folds")
     passed = noninferiority.good_enough(files, margin)
     problem = "alone" if not files else metric.problem(reference, floor)
@@ -82,6 +99,7 @@ def recommend(
         worst=noninferiority.worst_limit,
         reason=reason,
         trained=trained,
+        gguf_alone=tuple(runtimes) == (LLAMA_CPP,),
         reference=reference,
         floor=floor,
         margin=margin,
@@ -176,46 +194,53 @@ def step_file(files: Sequence[Entry], recommendation: Mapping[str, Any]) -> str 
 # By limits that the user names, from a finished comparison.
 
 
-def pick_file(comparison: Mapping[str, Any], max_mb: float | None, max_loss: float) -> dict[str, Any]:
+def pick_file(
+    comparison: Mapping[str, Any], max_mb: float | None, max_loss: float, runtimes: Sequence[str] = ()
+) -> dict[str, Any]:
     """The smallest file that is good enough for a loss, by the same rule, if it fits; the reference loses nothing.
 
     Args:
         comparison: content of comparison.json.
         max_mb: largest size, 10⁶ bytes; None = any.
         max_loss: the margin: accuracy points; percent of answer perplexity where the rows have no labels.
+        runtimes: names of the programs whose files are meant, whatever their case; none = llama.cpp.
 
     Returns:
         what `recommend` says ("reason" may be "size": that file is too large) with "limits", "file" (of the type) and
-        "candidates": {type, file, megabytes, loss, loss_limit, fits, good_enough} of every GGUF file, the largest
-        first.
+        "candidates": {type, file, runtime, megabytes, loss, loss_limit, fits, good_enough, peak_memory_mib,
+        generation_tokens_per_second} of every file of these programs, the largest first; "measured_on":
+        processor and threads of speed and memory.
 
     Raises:
-        InputError: limits that nothing can meet; a comparison by an older version.
+        InputError: limits that nothing can meet; a comparison by an older version; a runtime of which nothing was
+            compared, or folders beside folds, which they are not judged on.
     """
     if not all(0 < limit < math.inf for limit in (max_loss, 1.0 if max_mb is None else max_mb)):
         raise InputError(f"max-mb {max_mb}, max-loss {max_loss}.", "finite numbers above 0.", "correct them.")
     reference, *others = comparison["files"]
     if "headline" not in comparison["recommendation"] or any("loss_limit" not in entry for entry in others):
         raise refusal("compare/older-comparison")
-    metric = metric_in(comparison["files"])
-    files = smaller(reference, others)
+    metric, programs = metric_in(comparison["files"]), _programs(comparison["files"], runtimes)
+    files, whole = smaller(reference, others, programs), program(reference) in programs
     floor, trained = comparison["conditions"]["floor"], _of_trained(comparison)
-    found = recommend(metric, reference, files, max_loss, floor, trained)
+    found = recommend(metric, reference, files, max_loss, floor, trained, programs)
     chosen = next((entry for entry in files if entry["type"] == found["type"]), None)
-    if chosen is None and found["reason"] in (noninferiority.NOT_SHOWN, "alone"):
+    if chosen is None and whole and found["reason"] in (noninferiority.NOT_SHOWN, "alone"):
         chosen = reference
     passed = {chosen["type"], reference["type"], *noninferiority.good_enough(files, max_loss)} if chosen else set()
     fits = chosen is None or max_mb is None or chosen["bytes"] / 1e6 <= max_mb
     candidates = [
         {
             **{key: entry[key] for key in ("type", "file")},
+            "runtime": program(entry),
             "megabytes": entry["bytes"] / 1e6,
             "loss": entry.get("loss") or 0.0,
             "loss_limit": entry.get("loss_limit"),
             "fits": max_mb is None or entry["bytes"] / 1e6 <= max_mb,
             "good_enough": entry["type"] in passed,
+            **{key: entry.get(key) for key in ("generation_tokens_per_second", "peak_memory_mib")},
         }
-        for entry in noninferiority.by_size([reference, *files])
+        for entry in noninferiority.by_size([*([reference] if whole else []), *files])
     ]
     headline = _written(
         "pick.j2",
@@ -228,6 +253,7 @@ def pick_file(comparison: Mapping[str, Any], max_mb: float | None, max_loss: flo
     return {
         **found,
         "limits": {"max_mb": max_mb, "max_loss": max_loss, "unit": metric.loss_unit},
+        "measured_on": {key: comparison["conditions"].get(key) for key in ("processor", "n_threads")},
         "type": taken and taken["type"],
         "file": taken and taken["file"],
         "reason": "size" if not fits else noninferiority.GOOD_ENOUGH if taken else found["reason"],
@@ -235,6 +261,19 @@ def pick_file(comparison: Mapping[str, Any], max_mb: float | None, max_loss: flo
         "warning": retention_warning(chosen) if chosen else "",
         "candidates": candidates,
     }
+
+
+def _programs(entries: Sequence[Entry], asked: Sequence[str]) -> tuple[str, ...]:
+    """The programs of these names, in the comparison's spelling."""
+    known = {name.lower(): name for name in map(program, entries)}
+    names = [name.strip().lower() for name in asked if name.strip()] or [LLAMA_CPP]
+    aliases = {runtime.module: runtime.title.lower() for runtime in RUNTIMES}
+    names = [aliases.get(name, name) for name in names]
+    if absent := [name for name in names if name not in known]:
+        raise refusal("compare/no-such-runtime", absent=", ".join(absent), known=", ".join(known.values()))
+    if names != [LLAMA_CPP] and entries[0].get("folds"):
+        raise refusal("compare/folders-and-folds")
+    return tuple(known[name] for name in names)
 
 
 def _over(megabytes: float, max_mb: float | None) -> str:

@@ -261,11 +261,11 @@ _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u20
 """Characters that change the direction of the text after them, in a table even that of other cells."""
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     return (
         isinstance(value, str)
         and len(value) <= MOST_TEXT
@@ -274,11 +274,11 @@ def _is_text(value: Any) -> bool:
 
 
 _FITS: dict[str, Callable[[Any], bool]] = {
-    "count": lambda value: isinstance(value, int) and _is_number(value),
-    "maybe": lambda value: value is None or _is_number(value),
-    "numbers": lambda value: isinstance(value, list) and 0 < len(value) <= _LIST and all(map(_is_number, value)),
+    "count": lambda value: isinstance(value, int) and is_number(value),
+    "maybe": lambda value: value is None or is_number(value),
+    "numbers": lambda value: isinstance(value, list) and 0 < len(value) <= _LIST and all(map(is_number, value)),
     "flag": lambda value: isinstance(value, bool),
-    "text": _is_text,
+    "text": is_text,
 }
 """What is of a kind of values (phones.yaml)."""
 

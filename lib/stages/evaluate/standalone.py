@@ -16,12 +16,12 @@ from lib.models.adapters import base_named, require_adapter
 from lib.models.gguf_file import read_tensors
 from lib.models.gguf_tokenizer import same_vocabulary, tokenizer_from_gguf
 from lib.models.loading import load_model, load_tokenizer, quantization_method
-from lib.models.onnx_folder import is_onnx
+from lib.models.runtime_folders import runtime_of
 from lib.models.tokenizer_files import chat_templates, differences, reader
 from lib.progress import say
 from lib.prompts.tasks import ConversationTask, Task, in_model_tags, task_from_json
 from lib.prompts.templates import ASSISTANT
-from lib.runs.child import peak_memory_mib, run_child
+from lib.runs.child import run_child
 from lib.runs.files import sha256_json, user_path
 from lib.runs.machine import compute_dtype
 from lib.scoring.backend import Keep, journal_path, kept_peak_memory_mib, model_hash
@@ -217,7 +217,8 @@ def _refuse_without_effect(options: ModelOptions, models: Sequence[FoundModel], 
         "--dtype": (options.dtype != "auto" and not full, "a folder of full weights"),
         "--n-gpu-layers": (options.n_gpu_layers != 0 and not any(m.path.is_file() for m in models), "a .gguf file"),
         "--batch-size": (
-            options.batch_size != ModelOptions.batch_size and all(m.path.is_file() or is_onnx(m.path) for m in models),
+            options.batch_size != ModelOptions.batch_size
+            and all(m.path.is_file() or runtime_of(m.path) for m in models),
             "a folder that transformers loads",
         ),
         "--base-model": (options.base_model is not None and not any(m.adapter for m in models), "an adapter"),
@@ -244,7 +245,7 @@ def score_in_child(argument: dict[str, Any]) -> dict[str, Any]:
         "turns_cut": [one.turns_cut for one in encoded],
     }
     own = result_of(task).of_model(scores, rows, task, facts)
-    peak = max(peak_memory_mib(), kept_peak_memory_mib(keep.path) if keep else 0.0)
+    peak = max(backend.peak_memory_mib(), kept_peak_memory_mib(keep.path) if keep else 0.0)
     cost = {"seconds": scores.seconds, "device": backend.device, "peak_memory_mib": peak}
     return {**own, **cost, "found": scores.found}
 
@@ -323,7 +324,12 @@ def answer_in_child(argument: dict[str, Any]) -> dict[str, Any]:
     answers = questions.told(asked, written)
     for answer in answers:
         answer["problem"] = answer.pop("measured")["problem"]
-    return {"answers": answers, "device": backend.device, "note": backend.note, "peak_memory_mib": peak_memory_mib()}
+    return {
+        "answers": answers,
+        "device": backend.device,
+        "note": backend.note,
+        "peak_memory_mib": backend.peak_memory_mib(),
+    }
 
 
 def keep_of(argument: dict[str, Any]) -> Keep | None:

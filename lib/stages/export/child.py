@@ -8,24 +8,32 @@ import logging
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lib.errors import InputError, refusal, refusing
-from lib.models.loading import weight_bytes
-from lib.models.onnx_folder import is_onnx
+from lib.models.loading import load_tokenizer, weight_bytes
+from lib.models.runtime_folders import MNN_CONFIGURATION, runtime_of
 from lib.models.weights import open_weights
 from lib.progress import Progress
 from lib.runs import files
-from lib.runs.child import peak_memory_mib
+from lib.runs.child import peak_memory_mib, run_child
 from lib.runs.machine import bitsandbytes_problem, no_warnings, quiet
+from lib.runs.packages import environment_python
 from lib.stages.export.sizes import GROUPS, group_size
 from lib.stages.export.stage import FORMATS
 
 CHECKED_POSITIONS = 16
 """Last positions of each prompt whose next-token distributions are compared with the merged model's."""
+
+_MOST = 0.5
+"""Largest mean KL divergence, as a share of that of the uniform distribution, which a file of zeros has. Rounding costs
+a tenth of it at most (docs/LOG.md, "MNN as an export format"); how much is too much is judged in 07."""
+
+_HARD = tuple(files.data_file("stages/convert/hard_strings.yaml"))
 
 _OWN = {"config.json", "README.md", "merge.json", "model.safetensors.index.json"}
 """Files of the merged model that are not copied: the export writes its own."""
@@ -36,7 +44,8 @@ def make(argument: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         argument: "format", "source" (folder of the merged model), "output" (folder to make), "calibration" (token ids
-            of training rows; for GPTQ), "prompts" (token ids of the self-check).
+            of training rows; for GPTQ), "prompts" (token ids of the self-check), "answers" (token ids of the labels;
+            may be absent), "texts" (what a tokenizer of the format's own must cut as the model's does; likewise).
 
     Returns:
         "seconds" (of quantizing and saving), "peak_memory_mib" (until then), "weights", "bytes", "bits_per_weight",
@@ -57,10 +66,10 @@ def make(argument: dict[str, Any]) -> dict[str, Any]:
         shutil.copytree(source, output, ignore=left_out, copy_function=shutil.copyfile, dirs_exist_ok=True)
         for path in filter(Path.is_file, output.rglob("*")):
             files.readable_by_group(path)
-        seconds, memory = time.perf_counter() - started, peak_memory_mib()
+        seconds, memory = time.perf_counter() - started, max(peak_memory_mib(), more.pop("peak_memory_mib", 0.0))
         progress.advance(1, "made")
-        check = _check(source, output, argument["prompts"], progress)
-    saved, weights = None if is_onnx(output) else open_weights(output), open_weights(source).parameters
+        check = _check(source, output, argument, progress)
+    saved, weights = None if runtime_of(output) else open_weights(output), open_weights(source).parameters
     nbytes = saved.nbytes if saved else weight_bytes(output)
     return {
         "seconds": round(seconds, 2),
@@ -76,10 +85,15 @@ def make(argument: dict[str, Any]) -> dict[str, Any]:
 
 
 def _quantize(name: str, source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
-    if name == "gptq":
-        return quantize_gptq(source, output, calibration)
+    if name in ("gptq", "autoround"):
+        return quantize_by_rows(name, source, output, calibration)
     if name.startswith("onnx-"):
         return build_onnx(source, output, name.removeprefix("onnx-"))
+    if name == "mnn-int4":
+        shutil.copyfile(source / "config.json", output / MNN_CONFIGURATION)
+        asked = {"source": source, "output": output}
+        python = str(environment_python("mnn"))
+        return run_child("lib.stages.export.mnn:convert", asked, "writing the MNN model", python=python)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -109,33 +123,62 @@ def _quantization(name: str) -> Any:
     return BitsAndBytesConfig(**FORMATS[name].options)
 
 
-def _check(source: Path, output: Path, prompts: list[list[int]], progress: Progress) -> dict[str, Any]:
-    """How far the saved folder's next-token distributions are from the merged model's on the ends of some prompts.
+def _check(source: Path, output: Path, argument: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """The gate before a folder is published: does it answer as the merged model does?
+
+    Returns:
+        "prompts", "positions", "mean_kld", "same_top" of the distributions behind the last tokens of the prompts,
+        "uniform_kld" (that of a model that knows nothing), "rows" and "same_labels" (share; None without labels), and
+        of a runtime with a tokenizer of its own "texts" and "cut_otherwise" (difficult ones that it cuts otherwise).
 
     Raises:
-        InputError: the folder does not load, or gives numbers that are not finite.
+        InputError: the folder does not load, gives numbers that are not finite, cuts the rows into other tokens, or is
+            as far from the merged model as one that knows nothing.
     """
-    own = _log_probs(output, prompts)
+    own, labels, cut = _answers(output, argument, load_tokenizer(source))
     progress.advance(1, "loaded again")
     if not np.isfinite(own).all():
         raise refusal("export/not-finite", output=output)
-    merged = _log_probs(source, prompts)
+    merged, wanted, _ = _answers(source, argument, None)
     progress.advance(1, "compared")
-    kld = (np.exp(merged) * (merged - own)).sum(axis=1)
+    kld = float((np.exp(merged) * (merged - own)).sum(axis=1).mean())
+    uniform = float((np.exp(merged) * merged).sum(axis=1).mean() + np.log(merged.shape[1]))
+    if kld > _MOST * uniform:
+        raise refusal("export/knows-nothing", output=output, kld=kld, uniform=uniform)
     return {
-        "prompts": len(prompts),
+        "prompts": len(argument["prompts"]),
         "positions": len(own),
-        "mean_kld": float(kld.mean()),
+        "mean_kld": kld,
+        "uniform_kld": uniform,
         "same_top": float((own.argmax(axis=1) == merged.argmax(axis=1)).mean()),
+        "rows": len(argument["prompts"]) if len(labels) else 0,
+        "same_labels": float((labels.argmax(axis=1) == wanted.argmax(axis=1)).mean()) if len(labels) else None,
+        **cut,
     }
 
 
-def _log_probs(folder: Path, prompts: list[list[int]]) -> Any:
-    """Log-probabilities after the last positions of each prompt, (positions, V), loaded and dropped again."""
+def _answers(folder: Path, argument: dict[str, Any], tokenizer: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Log-probabilities after the last positions of each prompt, (positions, V), and those of the labels, (prompts,
+    labels); with a tokenizer also what `_compare_tokens` says. The folder is loaded and dropped again."""
     from lib.scoring.folders import open_folder
 
+    prompts, answers = argument["prompts"], argument.get("answers", ())
     with open_folder(folder, name=folder.name) as backend:
-        return np.concatenate([backend.window_log_probs(ids, max(0, len(ids) - CHECKED_POSITIONS)) for ids in prompts])
+        encode = tokenizer and getattr(backend, "encode", None)
+        cut = _compare_tokens(folder, tokenizer, encode, argument.get("texts", ())) if encode else {}
+        ends = [backend.window_log_probs(ids, max(0, len(ids) - CHECKED_POSITIONS)) for ids in prompts]
+        return np.concatenate(ends), backend.label_log_probs(prompts, answers) if answers else np.empty(0), cut
+
+
+def _compare_tokens(folder: Path, tokenizer: Any, encode: Any, texts: Sequence[str]) -> dict[str, Any]:
+    """Whether a runtime's own tokenizer cuts texts as the model's does; of difficult strings it is only told."""
+    wanted = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (*_HARD, *texts)]
+    found = encode([*_HARD, *texts])
+    other = [place for place, ids in enumerate(found) if ids != wanted[place]]
+    if rows := [place for place in other if place >= len(_HARD)]:
+        text, place = texts[rows[0] - len(_HARD)], rows[0]
+        raise refusal("export/other-tokens", folder=folder, text=text, found=found[place], wanted=wanted[place])
+    return {"texts": len(found), "cut_otherwise": [_HARD[place] for place in other]}
 
 
 # ONNX by the model builder of ONNX Runtime GenAI.
@@ -175,9 +218,11 @@ def build_onnx(source: Path, output: Path, precision: str) -> dict[str, Any]:
     return {"group_size": _BLOCK}
 
 
-# GPTQ by llm-compressor: INT4 weights in groups, each column's error pushed into the columns not yet rounded.
+# GPTQ and AutoRound by llm-compressor: INT4 weights in groups; each column's error is pushed into the columns not yet
+# rounded, or what is rounded up or down is learned by signs of gradients, block by block.
 
-BITS = 4
+BITS, ITERATIONS = 4, 50
+"""Bits a weight; steps of AutoRound on each block (its library's light recipe: 200 take four times as long)."""
 _HEAD = "lm_head"
 
 
@@ -193,10 +238,11 @@ def group_of(widths: set[int]) -> int:
     raise refusal("export/odd-layers", odd=odd, least=GROUPS[-1])
 
 
-def quantize_gptq(source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
+def quantize_by_rows(name: str, source: Path, output: Path, calibration: list[list[int]]) -> dict[str, Any]:
     """Quantize a model folder and save it in the packed format of compressed-tensors.
 
     Args:
+        name: "gptq" or "autoround".
         calibration: token ids of the texts whose activations decide what may be rounded how.
 
     Returns:
@@ -206,12 +252,11 @@ def quantize_gptq(source: Path, output: Path, calibration: list[list[int]]) -> d
         InputError: no calibration texts, or layers that no group size fits.
     """
     if not calibration:
-        raise InputError("no rows to calibrate GPTQ with.", "training rows.", "check max_train_rows.")
+        raise InputError(f"no rows to calibrate {name} with.", "training rows.", "check max_train_rows.")
     import torch
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(source), dtype=torch.bfloat16, local_files_only=True)
@@ -219,10 +264,18 @@ def quantize_gptq(source: Path, output: Path, calibration: list[list[int]]) -> d
     size = group_of({layer.in_features for layer in layers.values()})
     weights = QuantizationArgs(num_bits=BITS, type="int", symmetric=True, strategy="group", group_size=size)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    options: dict[str, Any] = {"config_groups": {"group_0": scheme}, "ignore": [_HEAD]}
+    if name == "gptq":
+        from llmcompressor.modifiers.gptq import GPTQModifier as Modifier
+    else:
+        from llmcompressor.modifiers.autoround import AutoRoundModifier as Modifier
+
+        # compiled, it needs a C++ compiler, and leaves processes behind that keep this one from ending
+        options |= {"iters": ITERATIONS, "enable_torch_compile": False}
     oneshot(
         model=model,
         dataset=Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration]),
-        recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=[_HEAD]),
+        recipe=Modifier(**options),
         max_seq_length=max(map(len, calibration)),
         num_calibration_samples=len(calibration),
     )

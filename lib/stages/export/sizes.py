@@ -26,8 +26,11 @@ def predict_folder(shapes: Shapes, name: str) -> int:
 
     Sources: bitsandbytes' state dicts (INT8: a float32 scale a row; NF4: a byte a block of 64, those scaled by a
     float32 a 256), compressed-tensors (`pack-quantized`: 4 bits, a 16-bit scale a group), torchao (a scale a row), ONNX
-    Runtime (MatMulNBits: a float32 scale a block of 32, INT4 with a zero point; the output layer is rounded, too).
+    Runtime (MatMulNBits: a float32 scale a block of 32, INT4 with a zero point; the output layer is rounded, too), MNN
+    (float32 scale and zero point a block of 64; a separate embedding in bfloat16).
     """
+    if name == "mnn-int4":
+        return _mnn(shapes)
     if name.startswith("onnx-"):
         return _onnx(shapes, 8 if name == "onnx-int8" else 4)
     linear = [shape for key, shape in shapes.items() if LAYER.fullmatch(key) and len(shape) == 2]
@@ -61,6 +64,15 @@ def _onnx(shapes: Shapes, bits: int) -> int:
     whole = embedding if bits == 8 else 0
     rounded += (head or embedding) if bits == 8 else embedding + head
     return round(rounded * (bits + 1 + (4 / 32 if bits == 4 else 0)) / 8) + 4 * (vectors + whole)
+
+
+def _mnn(shapes: Shapes) -> int:
+    """INT4 rounds the output layer, too; an embedding that it does not share is kept in bfloat16."""
+    rounded = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and LAYER.fullmatch(name))
+    vectors = sum(math.prod(shape) for shape in shapes.values() if len(shape) == 1)
+    embedding = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(_EMBEDDING))
+    head = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(_HEAD))
+    return round((rounded + (head or embedding)) * (4 + 64 / 64) / 8) + 4 * vectors + (2 * embedding if head else 0)
 
 
 _BYTES_PER_TOKEN = 30

@@ -10,12 +10,12 @@ from typing import Any
 
 from lib.errors import EXTRAS, InputError
 from lib.models.loading import load_tokenizer
-from lib.prompts.tasks import Row, Task, read_task, spread
+from lib.prompts.tasks import Row, Task, read_task, spread, texts_of
 from lib.runs import files
 from lib.runs.child import run_child
 from lib.runs.machine import has_module
 from lib.runs.manifest import hash_folder, version_of
-from lib.runs.packages import pin
+from lib.runs.packages import environment_problem, environment_versions, pin
 from lib.runs.render import render
 from lib.runs.run import Product, ProductDraft, Run
 from lib.settings import Settings
@@ -30,7 +30,8 @@ class Format:
         title: what it is, in words.
         note: what a reader must know to use it.
         made_by: package that quantizes; None where transformers alone suffices.
-        runs_in: the program that runs it: "transformers" (with torch) or "ONNX Runtime".
+        runs_in: the program that runs it: "transformers" (with torch), "ONNX Runtime" or "MNN".
+        environment: name of the environment of its own that makes and runs it (`lib.runs.packages`).
         needs: packages that a reader of the folder installs beside transformers (and torch).
         options: of `BitsAndBytesConfig`.
     """
@@ -40,11 +41,14 @@ class Format:
     note: str
     made_by: str | None = None
     runs_in: str = "transformers"
+    environment: str | None = None
     needs: Sequence[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def problem(self) -> str | None:
         """The package that is absent, in words; None when all are there (whether they work shows in the child)."""
+        if self.environment:
+            return environment_problem(self.environment)
         wanted = dict.fromkeys((*filter(None, (self.made_by,)), *self.needs))
         missing = [name for name in wanted if not has_module(name.replace("-", "_"))]
         if not missing:
@@ -57,13 +61,16 @@ class Format:
         """Whether transformers loads it."""
         return self.runs_in == "transformers"
 
-    @property
-    def packages(self) -> list[str]:
-        """What a reader of the folder installs."""
-        return [*(["torch"] if self.in_transformers else []), "transformers", *self.needs]
+    def pins(self) -> list[str]:
+        """What a reader of the folder installs, as lines of a requirements.txt."""
+        if self.environment:
+            return [f"{self.made_by}=={self.version()}", pin("transformers")]
+        return [*map(pin, ([*(["torch"] if self.in_transformers else []), "transformers", *self.needs]))]
 
     def version(self) -> str | None:
         """Installed version of `made_by`; None where none is needed."""
+        if self.environment:
+            return environment_versions(self.environment).get(str(self.made_by), "absent")
         return version_of(self.made_by) if self.made_by else None
 
     def maker(self) -> str:
@@ -76,8 +83,8 @@ FORMATS = {name: Format(name, **values) for name, values in files.data_file("sta
 
 SUMMARY = "exports.json"
 
-CALIBRATION_ROWS = 128
-"""Training rows that GPTQ is calibrated on, evenly spaced."""
+CALIBRATION_ROWS, CALIBRATED = 128, ("gptq", "autoround")
+"""Training rows that these formats are calibrated on, evenly spaced."""
 
 CHECK_PROMPTS = 12
 """Validation rows whose prompts check that a saved folder answers like the merged model."""
@@ -199,6 +206,8 @@ def _token_ids(data: Path, task: Task) -> dict[str, Any]:
     return {
         "calibration": [task.encode(tokenizer, row).ids for row in rows],
         "prompts": [task.probe_ids(tokenizer, row) for row in probes],
+        "answers": task.answer_words(tokenizer),
+        "texts": [text for row in probes for text in (*texts_of(row), task.rendered(tokenizer, row))],
     }
 
 
@@ -238,7 +247,7 @@ def write_card(folder: Path, made: Format, record: dict[str, Any], **card: Any) 
         made=made,
         record=record,
         **card,
-        versions=" ".join(map(pin, made.packages)),
+        versions=" ".join(made.pins()),
     )
     files.write_text(folder / "README.md", text)
 

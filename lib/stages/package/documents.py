@@ -25,7 +25,7 @@ from lib.prompts.conversations import escape
 from lib.prompts.templates import ROLES, Turns, end_of_turn_id
 from lib.runs.child import run_child
 from lib.runs.files import data_file
-from lib.runs.packages import closure, pin
+from lib.runs.packages import closure, environment_versions, pin
 from lib.runs.render import render
 from lib.scoring.generation import end_ids, write
 from lib.scoring.llama_backend import LlamaCppBackend
@@ -87,12 +87,13 @@ def requirements(facts: Facts) -> str:
     if tree.keys() - {"gguf"}:
         kinds = {what.partition(":")[0] for what in tree.values()}
         onnx = {kind for kind in kinds if kind.startswith("onnx")}
-        wanted = ["torch", "transformers", "accelerate"] if tree.keys() - {"gguf", "onnx"} else ["transformers"]
+        wanted = ["torch", "transformers", "accelerate"] if tree.keys() - {"gguf", "onnx", "mnn"} else ["transformers"]
         wanted += ["bitsandbytes"] if kinds & {"int8", "nf4"} else []
-        wanted += ["compressed_tensors"] if "gptq" in kinds else []
+        wanted += ["compressed_tensors"] if kinds & {"gptq", "autoround"} else []
         wanted += ["onnxruntime_genai"] if onnx else []
         folders = translated("The folders for transformers (torch in the build that suits the device)")
         lines += ["", f"# {folders}", *map(pin, wanted)]
+        lines += [f"mnn=={environment_versions('mnn')['mnn']}"] if "mnn" in tree else []
     return "\n".join(lines) + "\n"
 
 

@@ -26,10 +26,16 @@ from lib.stages.package.documents import PackedModel, card, guide, model_info, m
 from lib.stages.package.facts import ChosenFile, choose_file, gather
 from lib.stages.package.phone_page import Rows, request_web, web_parameters, write_web
 
-FORMATS = ("merged_model", "fp16", "int8", "int4", "onnx", "gguf")
+FORMATS = ("merged_model", "fp16", "int8", "int4", "onnx", "mnn", "gguf")
 """Folders of the export tree."""
 
-EXPORTS = {"fp16": ("fp16",), "int8": ("int8",), "int4": ("nf4", "gptq"), "onnx": ("onnx-int4", "onnx-int8")}
+EXPORTS = {
+    "fp16": ("fp16",),
+    "int8": ("int8",),
+    "int4": ("nf4", "gptq", "autoround"),
+    "onnx": ("onnx-int4", "onnx-int8"),
+}
+EXPORTS["mnn"] = ("mnn-int4",)
 """Formats of the product `exports` that may fill a folder, the first that was made."""
 Maker = Callable[[Run, Sequence[str]], None]
 """Makes formats of the product `exports` that folders lack; another stage's work, which the caller brings."""

@@ -83,7 +83,7 @@ def test_a_file_that_saves_nothing_is_judged_and_never_recommended() -> None:
     assert found["type"] is None and found["tested"] == ["Q4_K_M"]
     assert found["verdicts"] == {"Q4_K_M": "worse", "F32": "good enough"}
     alone = answer([files({})[0], larger])
-    assert alone["type"] is None and alone["reason"] == "alone" and "no smaller GGUF file" in alone["headline"]
+    assert alone["type"] is None and alone["reason"] == "alone" and "no smaller file" in alone["headline"]
 
 
 def test_the_smallest_that_is_good_enough_is_recommended() -> None:
@@ -383,3 +383,34 @@ def test_the_command(tmp_path, monkeypatch, capsys) -> None:
     assert "None: the smallest file that is good enough, Q4_K_M, takes 30.00 MB" in shown
     assert "Rule: A GGUF file is good enough when a loss of 1 point or more is excluded" in shown
     assert "-0.0 " not in shown
+
+
+def beside_folders(changes: dict[str, list[int]]) -> dict:
+    """A comparison in which the last file is a folder of another program, and a smaller one than all."""
+    found = compared(changes)
+    found["files"][-1] |= {"kind": "folder", "runtime": "MNN", "file": "mnn-int4"}
+    return found
+
+
+def test_pick_among_runtimes() -> None:
+    comparison = beside_folders({"Q8_0": [], "Q4_K_M": [0], "Q3_K_M": [1]})
+    assert pick_file(comparison, None, 1.0)["type"] == "Q4_K_M"
+    both, own = (pick_file(comparison, None, 1.0, names) for names in (["mnn", "llama.cpp"], ["MNN"]))
+    assert both["type"] == own["type"] == "Q3_K_M" and both["file"] == "mnn-int4"
+    assert [one["runtime"] for one in both["candidates"]] == [*["llama.cpp"] * 3, "MNN"]
+    assert [one["type"] for one in own["candidates"]] == ["Q3_K_M"], "the reference is none of this program's"
+    worse = pick_file(beside_folders({"Q8_0": [], "Q4_K_M": [0], "Q3_K_M": [*range(60)]}), None, 1.0, ["mnn"])
+    assert worse["type"] is None and worse["reason"] == "not shown"
+
+
+@pytest.mark.parametrize("names", [["litert"], ["mnn", "torch"]])
+def test_runtimes_of_which_nothing_was_compared(names: list[str]) -> None:
+    with pytest.raises(InputError, match=r"no file of (litert|torch).*llama\.cpp, MNN"):
+        pick_file(beside_folders({"Q8_0": [], "Q4_K_M": [0], "Q3_K_M": [1]}), None, 1.0, names)
+
+
+def test_runtimes_beside_folds() -> None:
+    comparison = beside_folders({"Q8_0": [], "Q4_K_M": [0], "Q3_K_M": [1]})
+    comparison["files"][0]["folds"] = 3
+    with pytest.raises(InputError, match="with folds"):
+        pick_file(comparison, None, 1.0, ["mnn"])

@@ -10,7 +10,7 @@ import pytest
 
 from lib.runs.run import ProductDraft, Run
 from lib.stages.export import child
-from lib.stages.export.stage import FORMATS
+from lib.stages.export.stage import CALIBRATED, FORMATS
 from tests import tiny_run
 
 
@@ -34,7 +34,7 @@ def make(name: str, source: Path, output: Path, seed: int = 1) -> dict:
     """Make a format in this process (its libraries are loaded once for all tests)."""
     if problem := FORMATS[name].problem():
         pytest.skip(problem)
-    calibration = token_ids(source, 24, seed) if name == "gptq" else []
+    calibration = token_ids(source, 24, seed) if name in CALIBRATED else []
     argument = {"source": str(source), "output": str(output), "calibration": calibration}
     return child.make({**argument, "format": name, "prompts": token_ids(source, 4, 2)})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from lib.errors import InputError
-from lib.models.loading import ONNX, count_weights, load_as_saved, quantization_method, weight_bytes
+from lib.models.gguf_tokenizer import token_bytes
+from lib.models.loading import count_weights, load_as_saved, quantization_method, weight_bytes
+from lib.progress import Progress
 from lib.runs.files import PROJECT
+from lib.runs.packages import environment_python
 from lib.scoring.folders import open_folder
 from lib.scoring.generation import end_ids, write
 from lib.settings import EXPORT_FORMATS
@@ -26,10 +30,17 @@ pytestmark = pytest.mark.usefixtures("unmeasured_children", "forked_children")
 
 Exported = Callable[[str], tuple[Path, dict]]
 each = pytest.mark.parametrize("name", EXPORT_FORMATS)
-METHODS = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "gptq": "compressed-tensors", "torchao-int8": "torchao"}
-ONNX_FORMATS = ("onnx-int8", "onnx-int4")
-LARGEST_KLD = {"bf16": 0.0, "fp16": 1e-3, "torchao-int8": 5e-3, "int8": 5e-3, "nf4": 0.3, "gptq": 0.3}
-LARGEST_KLD |= {"onnx-int8": 5e-3, "onnx-int4": 0.5}
+METHODS = {
+    "int8": "bitsandbytes",
+    "nf4": "bitsandbytes",
+    "gptq": "compressed-tensors",
+    "autoround": "compressed-tensors",
+    "torchao-int8": "torchao",
+}
+ONNX_FORMATS, MNN_FORMATS = ("onnx-int8", "onnx-int4"), ("mnn-int4",)
+METHODS_OF_OTHERS = {**dict.fromkeys(ONNX_FORMATS, "ONNX Runtime"), **dict.fromkeys(MNN_FORMATS, "MNN")}
+LARGEST_KLD = {"bf16": 0.0, "fp16": 1e-3, "torchao-int8": 5e-3, "int8": 5e-3, "nf4": 0.3, "gptq": 0.3, "autoround": 0.3}
+LARGEST_KLD |= {"onnx-int8": 5e-3, "onnx-int4": 0.5, "mnn-int4": 0.5}
 
 
 def test_settings_and_formats_name_the_same() -> None:
@@ -40,14 +51,15 @@ def test_settings_and_formats_name_the_same() -> None:
 def test_a_format_is_complete_and_close_to_its_source(name: str, exported: Exported, base: Path) -> None:
     folder, answer = exported(name)
     have = {path.name for path in folder.iterdir()}
-    weights = {"model.onnx", "model.onnx.data", "genai_config.json"} if name in ONNX_FORMATS else {"model.safetensors"}
+    weights = {"model.onnx", "model.onnx.data"} if name in ONNX_FORMATS else {"model.safetensors"}
+    weights = {"llm.mnn", "llm.mnn.weight"} if name in MNN_FORMATS else weights
     assert {*weights, "config.json", "tokenizer.json", "chat_template.jinja"} <= have
     assert not [path for path in have if path.endswith((".bin", ".pt", ".pth"))]
     assert all(path.stat().st_mode & 0o040 for path in folder.iterdir()), "not readable by the group"
-    assert quantization_method(folder) == (ONNX if name in ONNX_FORMATS else METHODS.get(name))
+    assert quantization_method(folder) == METHODS_OF_OTHERS.get(name, METHODS.get(name))
     assert -1e-9 <= answer["check"]["mean_kld"] <= LARGEST_KLD[name]
     assert answer["weights"] == count_weights(base) == count_weights(folder)
-    assert answer["bytes"] == weight_bytes(folder) == sum((folder / n).stat().st_size for n in weights if "model" in n)
+    assert answer["bytes"] == weight_bytes(folder) == sum((folder / n).stat().st_size for n in weights)
     assert answer["seconds"] > 0 and answer["peak_memory_mib"] > 100
     for path in folder.iterdir():  # no path of the machine that made it
         assert str(base.parent).encode() not in path.read_bytes()
@@ -77,6 +89,7 @@ def test_fewer_bits_are_further_away(exported: Exported) -> None:
         "nf4",
         "gptq",
         "onnx-int4",
+        "mnn-int4",
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "torchao-int8")),
     ],
 )
@@ -102,16 +115,19 @@ def test_the_usage_of_the_readme_works_in_a_fresh_process(name: str, exported: E
     assert "> a note" in card and name in card and ("BitsAndBytesConfig" in card) == (name in ("int8", "nf4"))
     (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
     assert "quantization_config" not in code and "device_map" not in code
-    answered = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    assert answered.returncode == 0, answered.stderr
+    python = str(environment_python("mnn")) if name in MNN_FORMATS else sys.executable
+    answered = subprocess.run([python, "-c", code], cwd=folder, capture_output=True, text=True, errors="replace")
+    if name not in MNN_FORMATS:  # MNN's text is no string where a random model writes half a character
+        assert answered.returncode == 0, answered.stderr
     tokenizer = load_tokenizer(folder)
-    if name in ONNX_FORMATS:
+    if name in METHODS_OF_OTHERS:
         messages = tiny_run.TASK.messages({"text": text})
         switches = {"add_generation_prompt": True, "enable_thinking": False}
         ids = tokenizer.apply_chat_template(messages, **switches, return_dict=True)["input_ids"]
         with open_folder(folder) as backend:
             own = write(backend.new_text(), ids, 8, end_ids(tokenizer)).ids
-        assert answered.stdout == tokenizer.decode(own, skip_special_tokens=True) + "\n"
+        written = b"".join(token_bytes(tokenizer, own)).decode("utf-8", "replace")
+        assert written in answered.stdout and (name in MNN_FORMATS or answered.stdout == written + "\n")
         return
     model = load_as_saved(folder)
     prompt = tokenizer.apply_chat_template(
@@ -166,7 +182,7 @@ def test_qwen3_with_an_output_layer_of_its_own(tmp_path: Path) -> None:
     for name in ("nf4", "gptq", "torchao-int8", *ONNX_FORMATS):
         answer = make(name, tmp_path / "base", tmp_path / name)
         assert answer["check"]["mean_kld"] <= LARGEST_KLD[name]
-        if name in ONNX_FORMATS:
+        if name in METHODS_OF_OTHERS:
             continue
         saved = load_as_saved(tmp_path / name)
         assert type(saved.lm_head) is torch.nn.Linear and saved.lm_head.weight.dtype == torch.bfloat16
@@ -233,3 +249,49 @@ def test_the_examples_of_a_package_answer_and_say_nothing_else(exported: Exporte
             continue
         assert [line.partition(":")[0] for line in said.stdout.splitlines()] == [f"{kind}, {n}/" for n in folders]
         assert not re.search(r"Failed to load|MatMul8bitLt|W\d{4} ", said.stderr), said.stderr
+
+
+def test_a_folder_that_knows_nothing_is_not_published(base: Path, tmp_path: Path) -> None:
+    """As exporters have written it: all weights zero."""
+    from safetensors.torch import load_file, save_file
+
+    zeros = Path(shutil.copytree(base, tmp_path / "zeros"))
+    weights = load_file(zeros / "model.safetensors")
+    save_file({name: 0 * tensor for name, tensor in weights.items()}, zeros / "model.safetensors", {"format": "pt"})
+    argument = {"prompts": token_ids(base, 4, 2), "answers": [[300], [301]]}
+    with pytest.raises(InputError, match="nats from the merged model, and one that knows nothing"):
+        child._check(base, zeros, argument, Progress("checking", 2))
+    told = child._check(base, base, argument, Progress("checking", 2))
+    assert told["rows"] == 4 and told["same_labels"] == 1.0 and abs(told["mean_kld"]) < 1e-6 < told["uniform_kld"]
+
+
+@pytest.mark.parametrize("damage", ["zeros", "cut", "gone"])
+def test_an_mnn_folder_with_broken_weights(damage: str, base: Path, exported: Exported, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(exported("mnn-int4")[0], tmp_path / "copy"))
+    weights = folder / "llm.mnn.weight"
+    size = weights.stat().st_size
+    weights.write_bytes(bytes(size) if damage == "zeros" else weights.read_bytes()[: size // 3])
+    if damage == "gone":
+        weights.unlink()
+    with pytest.raises(
+        InputError, match=r"ended by signal|ended with exit code|knows nothing|lacks llm|MNN does not run"
+    ):
+        child._check(base, folder, {"prompts": token_ids(base, 2, 2)}, Progress("checking", 2))
+
+
+def test_another_tokenizer_is_not_published(base: Path) -> None:
+    from lib.models.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(base)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [tokenizer(text.replace("\u200d", " "), add_special_tokens=False)["input_ids"] for text in texts]
+
+    told = child._compare_tokens(base, tokenizer, encode, ["酒店", "很好"])
+    assert (
+        told["texts"] == len(child._HARD) + 2
+        and told["cut_otherwise"]
+        and all("\u200d" in t for t in told["cut_otherwise"])
+    )
+    with pytest.raises(InputError, match="the same token ids for every row"):
+        child._compare_tokens(base, tokenizer, encode, ["酒店", "很\u200d好"])

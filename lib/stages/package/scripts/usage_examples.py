@@ -1,6 +1,6 @@
-"""How to use the packaged model.   python usage_examples.py [chat|stream|labels|transformers|onnx]   (default: all)
+"""How to use the packaged model.   python usage_examples.py [chat|stream|labels|transformers|onnx|mnn]   (default: all)
 
-Needs llama-cpp-python (requirements.txt); `transformers` and `onnx` need folders of the export tree and their packages.
+Needs llama-cpp-python (requirements.txt); the last three need folders of the export tree and their packages.
 """
 
 from __future__ import annotations
@@ -133,6 +133,16 @@ def onnx_runtime(folder: Path, text: str) -> str:
     return tokenizer.decode(written.get_sequence(0)[len(prompt) :], skip_special_tokens=True)
 
 
+def mnn(folder: Path, text: str) -> str:
+    """An answer of the folder for MNN."""
+    import MNN.llm
+
+    model = MNN.llm.create(str(folder / "config.json"))
+    model.set_config({"use_template": False, "sampler_type": "greedy", "max_new_tokens": INFO["max_tokens"]})
+    model.load()
+    return model.response(prompt_for(messages_for(text)))
+
+
 def show_llama(wanted: str | None) -> None:
     """The examples with llama.cpp."""
     llm, text = load(), INFO["examples"][0]
@@ -152,8 +162,9 @@ def show_llama(wanted: str | None) -> None:
 
 def main() -> int:
     """Run the asked example, or all."""
-    programs = {"transformers": transformers, "onnx": onnx_runtime}
-    folders = {kind: [name for name in INFO["folders"] if (name == "onnx") == (kind == "onnx")] for kind in programs}
+    programs = {"transformers": transformers, "onnx": onnx_runtime, "mnn": mnn}
+    kinds = {name: name if name in programs else "transformers" for name in INFO["folders"]}
+    folders = {kind: [name for name in kinds if kinds[name] == kind] for kind in programs}
     known = ["chat", "stream", *(["labels"] if INFO["labels"] else []), *(kind for kind in programs if folders[kind])]
     wanted = sys.argv[1] if len(sys.argv) > 1 else None
     if wanted is not None and wanted not in known:
