@@ -132,6 +132,7 @@ def recommend(
             level=noninferiority.LEVEL,
             fewest=noninferiority.FEWEST_GROUPS,
             folds=folds,
+            gguf_alone=tuple(runtimes) == (LLAMA_CPP,),
         ),
         "formulas": _written("formulas.j2", metric=metric, folds=folds),
         "margin": margin,

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import InputError
+from lib.report.display import rows_of
 from lib.scoring.log_probabilities import Scores
 from lib.scoring.metric import ACCURACY, ANSWER_PERPLEXITY, RowGroups, compare
 from lib.stages.compare.recommend import judge, pick_file, recommend
@@ -313,6 +314,14 @@ def test_a_file_that_is_good_enough_for_the_user_is_not_called_worse() -> None:
     found = pick_file(worse, None, 3.0)
     assert found["type"] == "Q4_K_M" and "Worse" not in found["text"] + found["details"]
     assert "Worse: Q4_K_M." in pick_file(worse, None, 1.0)["text"]
+
+
+def test_pick_prints_megabytes() -> None:
+    """As files have them: the heading MB stands for bytes elsewhere, and 53 MB were printed as 5.3e-05."""
+    candidates = pick_file(compared(), None, 1.0)["candidates"]
+    printed = rows_of("select.candidates", candidates)
+    assert [row["MB"] for row in printed] == pytest.approx([entry["megabytes"] for entry in candidates])
+    assert printed[0]["MB"] > 1
 
 
 def test_pick_is_the_rule_of_07() -> None:
