@@ -17,7 +17,7 @@ from tests.scoring import tiny
 class Fixed:
     """A backend that answers from a table, by the prompt's length."""
 
-    name, device, vocab_size, settings = "fixed", "nowhere", 512, {}
+    name, device, vocab_size, settings, peak_memory_mib = "fixed", "nowhere", 512, {}, 0.0
 
     def __init__(self, values):
         self.values = np.array(values)

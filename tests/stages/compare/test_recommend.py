@@ -84,7 +84,7 @@ def test_a_file_that_saves_nothing_is_judged_and_never_recommended() -> None:
     assert found["type"] is None and found["tested"] == ["Q4_K_M"]
     assert found["verdicts"] == {"Q4_K_M": "worse", "F32": "good enough"}
     alone = answer([files({})[0], larger])
-    assert alone["type"] is None and alone["reason"] == "alone" and "no smaller file" in alone["headline"]
+    assert alone["type"] is None and alone["reason"] == "alone" and "no smaller GGUF file" in alone["headline"]
 
 
 def test_the_smallest_that_is_good_enough_is_recommended() -> None:

@@ -143,7 +143,10 @@ def test_a_package_has_made_what_its_folders_lack(run: Run, monkeypatch: pytest.
     from lib.stages.package.stage import lacking, link_tree
 
     export(settings("bf16"), run)
-    assert lacking(run, ["merged_model", "fp16", "int4", "gguf"]) == {"fp16": ("fp16",), "int4": ("nf4", "gptq")}
+    assert lacking(run, ["merged_model", "fp16", "int4", "gguf"]) == {
+        "fp16": ("fp16",),
+        "int4": ("nf4", "gptq", "autoround"),
+    }
     export_lacking(run, ["merged_model", "fp16", "gguf"])
     folder = run.folder / "exports"
     assert {path.name for path in folder.iterdir()} == {"bf16", "fp16", "exports.json"}

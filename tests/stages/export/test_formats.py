@@ -206,7 +206,7 @@ def test_what_float16_cannot_hold_is_refused(base: Path, tmp_path: Path, value: 
 
 def test_gptq_without_rows(base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no rows to calibrate"):
-        child.quantize_gptq(base, tmp_path / "gptq", [])
+        child.quantize_by_rows("gptq", base, tmp_path / "gptq", [])
 
 
 def test_a_folder_whose_library_is_absent(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -49,6 +51,7 @@ def test_a_tracker_stays_offline_and_in_the_run_unless_the_user_says_otherwise(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variables = TRACKERS[name]["variables"]
+    monkeypatch.setitem(sys.modules, "swanlab", SimpleNamespace(init=lambda: None))
     for key in variables:
         monkeypatch.delenv(key, raising=False)
     with tracking.reporting(name, tmp_path / "tracking"):

@@ -290,7 +290,7 @@ def test_the_command(runs: Callable[[str], Run], at_home: None, capsys: pytest.C
     from lib.cli.package import package as command
 
     runs("t")
-    with pytest.raises(InputError, match="merged_model, fp16, int8, int4, onnx, gguf"):
+    with pytest.raises(InputError, match="merged_model, fp16, int8, int4, onnx, mnn, gguf"):
         command("t", formats="fp8")
     command("t", type_name="Q8_0", as_json=True)
     told = json.loads(capsys.readouterr().out)
