@@ -160,6 +160,8 @@ def test_a_package_has_made_what_its_folders_lack(run: Run, monkeypatch: pytest.
     monkeypatch.setattr(export_stage, "run_child", refuses)
     monkeypatch.setattr(export_stage.Format, "problem", lambda self: None)
     export_lacking(run, ["fp16", "int4"])
-    assert list(dict.fromkeys(tried)) == ["nf4", "gptq"] and (folder / "fp16" / "model.safetensors").is_file()
+    assert (
+        list(dict.fromkeys(tried)) == ["nf4", "gptq", "autoround"] and (folder / "fp16" / "model.safetensors").is_file()
+    )
     with pytest.raises(InputError, match=r"bf16, fp16 \(nf4: nf4 does not work here.*gptq does not.*leave int4 out"):
         link_tree(run, ["int4"], run.folder)
