@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "rsLoRA": {"use_rslora": True},
     "DoRA": {"use_dora": True},
+    "Gaussian": {"init_lora_weights": "gaussian"},
     "PiSSA": {"init_lora_weights": "pissa_niter_16"},
     "OLoRA": {"init_lora_weights": "olora"},
     "LoRA+ 16": {"loraplus_lr_ratio": 16.0},

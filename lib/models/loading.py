@@ -15,9 +15,12 @@ from lib.models.weights import infinite, open_weights
 from lib.runs import machine
 from lib.runs.files import write_json
 from lib.runs.machine import available_memory, no_warnings, quiet
+from lib.settings import FULL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lib.runs.run import Product
 
 
 LIBRARIES = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors", "torchao": "torchao"}
@@ -164,6 +167,19 @@ def load_model(
     with refusing(_ODD, "models/folder-does-not-load", folder=path):
         _answer(model)
     return model if adapter is None else _with_adapter(model, adapter, path)
+
+
+def load_trained(base: Path, made: Product | None, dtype: str) -> Any:
+    """A run's model as it was trained: the product `adapter` on the base (in 4 bits where it was trained on that), the
+    product alone where every weight was trained, the base alone where there is none.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    method = made and made.entry.facts.get("method")
+    if made is None or method == FULL:
+        return load_model(made.path if made else base, dtype=dtype)
+    return load_model(base, dtype=dtype, load_in_4bit=method == "QLoRA", adapter=made.path)
 
 
 def _answer(model: Any) -> None:

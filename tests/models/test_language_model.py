@@ -44,6 +44,18 @@ TEXT: dict[str, Any] = {
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
 
 
+def write_random(kind: Any, config: Any, folder: Path) -> None:
+    """A model of that class with random weights that matter, and a tokenizer."""
+    import torch
+
+    torch.manual_seed(0)
+    model = kind._from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.1)
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+
+
 def write_qwen35(folder: Path, **changes: Any) -> Path:
     """A folder of the hub's form: `text_config`, tensors behind `language_model.`, visual and further layers."""
     import torch
@@ -55,20 +67,14 @@ def write_qwen35(folder: Path, **changes: Any) -> Path:
         vision_config={**VISION, "num_position_embeddings": 16},
         tie_word_embeddings=True,
     )
-    torch.manual_seed(0)
-    model = Qwen3_5ForConditionalGeneration._from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.1)
-    model.save_pretrained(folder)
+    write_random(Qwen3_5ForConditionalGeneration, config, folder)
     weights = load_file(folder / "model.safetensors") | {"mtp.fc.weight": torch.ones(64, 128)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    make_tokenizer(folder)
     return folder
 
 
 def write_gemma3(folder: Path) -> Path:
     """Gemma 3 with pictures, as transformers stores it: the text's tensors are named otherwise than Qwen3.5's."""
-    import torch
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     text = {key: value for key, value in TEXT.items() if "linear" not in key and key not in ("rope_parameters",)}
@@ -79,12 +85,7 @@ def write_gemma3(folder: Path) -> Path:
         mm_tokens_per_image=4,
         tie_word_embeddings=True,
     )
-    torch.manual_seed(0)
-    model = Gemma3ForConditionalGeneration._from_config(config, dtype=torch.float32)
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.1)
-    model.save_pretrained(folder)
-    make_tokenizer(folder)
+    write_random(Gemma3ForConditionalGeneration, config, folder)
     return folder
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.models.base_model import Base, base_of
-from lib.models.loading import load_model, load_tokenizer
+from lib.models.loading import load_tokenizer, load_trained
 from lib.prompts.tasks import read_task
 from lib.runs.files import read_json, read_jsonl, sha256_json, write_json, write_jsonl
 from lib.runs.machine import compute_dtype, device_name
@@ -77,9 +77,7 @@ class Candidate:
         """The loaded model."""
         from lib.scoring.torch_backend import TransformersBackend
 
-        adapter = self.adapter.path if self.adapter and not self.whole else None
-        folder = self.adapter.path if self.adapter and self.whole else self.base.path
-        model = load_model(folder, dtype=self.dtype, load_in_4bit=self.in_4bit, adapter=adapter)
+        model = load_trained(self.base.path, self.adapter, self.dtype)
         return TransformersBackend(model, batch_size, self.words)
 
 

@@ -25,13 +25,12 @@ import torch
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from lib.models.adapters import WEIGHTS
+from lib.models.adapters import CONFIG, WEIGHTS
 from lib.models.weights import Weights
 from lib.progress import Progress
 from lib.runs.files import read_json, write_json
 from lib.settings import TAKEN_OUT
 
-CONFIGURATION = "adapter_config.json"
 LOFTQ_CONFIG = {"loftq_bits": 4, "loftq_iter": 1}
 """Mark in adapter_config.json of an adapter that belongs to the rounded base alone. `init_lora_weights` stays true
 there: peft would begin the pair anew when it loads the adapter."""
@@ -60,10 +59,10 @@ class TakenOut:
             axis, first = (0, first) if ".lora_A." in name else (1, -first)
             tensors[name] = torch.cat([tensors[name], first.to(tensors[name].device)], axis).contiguous()
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        config = read_json(folder / CONFIGURATION)
+        config = read_json(folder / CONFIG)
         more = math.sqrt(2) if config["use_rslora"] else 2
         doubled = {"r": 2 * config["r"], "lora_alpha": more * config["lora_alpha"], "init_lora_weights": True}
-        write_json(folder / CONFIGURATION, config | doubled)
+        write_json(folder / CONFIG, config | doubled)
 
     def same(self, folder: Path) -> bool:
         """Whether a stored adapter began with the pairs that were taken out of this base."""

@@ -11,7 +11,6 @@ token, so that the divergence is at most the one over the whole vocabulary.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,14 @@ import numpy as np
 
 from lib.errors import refusal
 from lib.models.base_model import base_of
-from lib.models.loading import load_model, load_tokenizer
+from lib.models.loading import load_tokenizer, load_trained
 from lib.models.tokenizer_files import differences
 from lib.progress import track
 from lib.prompts.conversations import Encoded
 from lib.prompts.tasks import read_task
 from lib.runs.files import read_jsonl
 from lib.runs.run import Run, known_run
-from lib.settings import FULL, Settings
+from lib.settings import Settings
 
 KEPT = 64
 """Tokens of a position whose probability is kept."""
@@ -83,15 +82,8 @@ class Teacher:
 
         if (folder / FILE).is_file():
             return
-        base, made, method = (
-            base_of(self.run),
-            self.run.require("adapter"),
-            self.run.manifest.entries()["adapter"].facts,
-        )
-        whole = method.get("method") == FULL
-        adapter = None if whole or self.run.untrained else made.path
-        in_4bit = method.get("method") == "QLoRA"
-        model = load_model(made.path if whole else base.path, dtype=dtype, load_in_4bit=in_4bit, adapter=adapter)
+        made = None if self.run.untrained else self.run.adapter()
+        model = load_trained(base_of(self.run).path, made, dtype)
         backend = TransformersBackend(model, 1, f"the teacher {self.run.name}")
         task, tokenizer = read_task(data), load_tokenizer(data / "tokenizer")
         ids, log_probs = [], []
@@ -106,7 +98,6 @@ class Teacher:
                 ids.append(likely)
                 log_probs.append(all_of_it[place - first - 1][likely])
         backend.close()
-        gc.collect()
         if not np.isfinite(np.max(log_probs, axis=1)).all():
             raise refusal("finetune/odd-teacher", name=self.run.name)
         partial = folder / f".{FILE}"

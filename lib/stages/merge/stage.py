@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from lib.errors import refusal
+from lib.models.adapters import CONFIG
 from lib.models.base_model import base_of
 from lib.models.loading import load_tokenizer
 from lib.models.weights import SAFETENSORS
@@ -155,8 +156,8 @@ def _build(merge_base: str, merge_dtype: str, run: Run, work: ProductDraft) -> N
 def _on_rounded_base(adapter: Path, folder: Path) -> Path:
     """A copy of LoftQ's adapter without its mark: on the rounded base it is plain LoRA."""
     shutil.copytree(adapter, folder, ignore=shutil.ignore_patterns("checkpoints"))
-    config = read_json(folder / "adapter_config.json")
-    write_json(folder / "adapter_config.json", {key: value for key, value in config.items() if key != "loftq_config"})
+    config = read_json(folder / CONFIG)
+    write_json(folder / CONFIG, {key: value for key, value in config.items() if key != "loftq_config"})
     return folder
 
 

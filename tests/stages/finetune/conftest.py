@@ -119,3 +119,11 @@ def die_after(updates: int, patch: pytest.MonkeyPatch) -> None:
         return original(self, *arguments, **options)
 
     patch.setattr(AnswerTrainer, "compute_loss", compute)
+
+
+def interrupted(settings: Settings, run: Run) -> None:
+    """Begin a training of eight updates or more, and let it die in the eighth."""
+    with pytest.MonkeyPatch.context() as patch:
+        die_after(7, patch)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(settings, run)

@@ -36,7 +36,7 @@ from lib.stages.merge.nf4 import dequantize_base
 from lib.stages.merge.proof import prove_merge
 from lib.stages.merge.stage import merge
 from lib.stages.merge.weights import merge_folders
-from tests.stages.finetune.conftest import die_after, make_data, tiny_settings
+from tests.stages.finetune.conftest import interrupted, make_data, tiny_settings
 
 ONE = {"per_device_train_batch_size": 4, "num_train_epochs": 1.0, "warmup_steps": 0.0}
 """A single update of four rows."""
@@ -138,10 +138,7 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(method: str, runs, m
     expected = finetune(settings, runs("fresh"))
     shutil.copytree(runs("fresh").folder / "data", runs("again").folder / "data")
     (runs("again").folder / "manifest.json").write_text((runs("broken").folder / "manifest.json").read_text())
-    with monkeypatch.context() as patch:
-        die_after(7, patch)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(settings, runs("again"))
+    interrupted(settings, runs("again"))
     result = finetune(settings, runs("again"))
     assert result.resumed_from == 6
     for name, tensor in weights(result.product.path).items():
@@ -199,10 +196,7 @@ def test_what_is_stored_is_what_peft_converts(changes: dict[str, Any], runs, tmp
 
 def test_checkpoints_of_another_pair_are_not_gone_on_from(runs, monkeypatch) -> None:
     settings = tiny_settings(init_lora_weights="pissa")
-    with monkeypatch.context() as patch:
-        die_after(7, patch)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(settings, runs("fresh"))
+    interrupted(settings, runs("fresh"))
     monkeypatch.setattr(TakenOut, "same", lambda *_: False)  # as on a machine whose decomposition differs
     result = finetune(settings, runs("fresh"))
     assert result.resumed_from is None and "another part of the base" in result.messages[0]
@@ -266,10 +260,7 @@ def test_every_weight_is_trained_and_taken_over(runs, tmp_path: Path, trainers: 
 
 def test_an_interrupted_training_of_every_weight_ends_as_if_it_had_not_been(runs, monkeypatch) -> None:
     expected = load_torch(finetune(tiny_settings(**WHOLE), runs("straight")).product.path / "model.safetensors")
-    with monkeypatch.context() as patch:
-        die_after(7, patch)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(tiny_settings(**WHOLE), runs("fresh"))
+    interrupted(tiny_settings(**WHOLE), runs("fresh"))
     result = finetune(tiny_settings(**WHOLE), runs("fresh"))
     assert result.resumed_from == 6
     found = load_torch(result.product.path / "model.safetensors")
@@ -439,10 +430,7 @@ def test_a_model_trained_rounded_is_stored_as_it_was_before_the_rounding(runs, m
     """Stored and continued exactly; the loss that a checkpoint is chosen by is the rounded model's."""
     expected = finetune(tiny_settings(**QAT), runs("straight"))
     assert expected.method == 'full (qat: "int4")' and expected.product.entry.parameters["qat"] == "int4"
-    with monkeypatch.context() as patch:
-        die_after(7, patch)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(tiny_settings(**QAT), runs("fresh"))
+    interrupted(tiny_settings(**QAT), runs("fresh"))
     result = finetune(tiny_settings(**QAT), runs("fresh"))
     assert result.resumed_from == 6
     first, second = (load_torch(each.product.path / "model.safetensors") for each in (expected, result))

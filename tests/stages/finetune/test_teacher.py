@@ -23,7 +23,7 @@ from lib.stages.finetune.layout import answer_loss, choose_layout
 from lib.stages.finetune.session import _new_model
 from lib.stages.finetune.stage import finetune
 from lib.stages.finetune.teacher import FILE, Imitating, Teacher
-from tests.stages.finetune.conftest import die_after, make_data, tiny_settings
+from tests.stages.finetune.conftest import interrupted, make_data, tiny_settings
 from tests.stages.finetune.test_methods import weights
 
 TAUGHT = {"teacher": "straight", "distillation_weight": 0.7}
@@ -120,10 +120,7 @@ def test_a_taught_training_comes_nearer_to_its_teacher_and_goes_on_exactly(runs,
     assert 'teacher: "straight"' in result.method and "divergence from the model of run straight" in result.messages[0]
     assert not (result.product.path / FILE).exists()
     assert result.product.entry.parameters["teacher_weights"] == plain.product.entry.digest
-    with monkeypatch.context() as patch:
-        die_after(7, patch)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(settings, runs("again"))
+    interrupted(settings, runs("again"))
     again = finetune(settings, runs("again"))
     assert again.resumed_from == 6
     for name, tensor in weights(again.product.path).items():
